@@ -1,0 +1,69 @@
+"""What the commands share: help made from the config's own docstrings, and errors on one line each."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from entprune_ds import config as config_module
+from entprune_ds.config import PRESETS, Config
+
+GRAMMAR = """\
+Settings are `key=value` words, after an optional `preset=NAME` (or preset=FILE.yaml). Later words win.
+Presets: {presets}.
+"""
+
+
+def wants_help(words: list[str]) -> bool:
+    """Whether --help or -h is among the words."""
+    return bool({"-h", "--help"} & set(words))
+
+
+def help_text(head: str, sections: list[str]) -> str:
+    """Command help: its own text, the grammar, and every setting of the named sections with its default."""
+    presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+    lines = [head.rstrip(), "", GRAMMAR.format(presets=presets)]
+    documents, hints = _field_docs(), {f.name: f for f in dataclasses.fields(Config)}
+    for section in sections:
+        cls = type(getattr(Config(), section))
+        lines.append(f"{section}: {documents['Config'][hints[section].name]}")
+        for item in dataclasses.fields(cls):
+            default = getattr(cls(), item.name)
+            shown = "null" if default is None else list(default) if isinstance(default, tuple) else default
+            lines.append(f"  {section}.{item.name}={shown}")
+            lines.append(f"      {documents[cls.__name__][item.name]}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _field_docs() -> dict[str, dict[str, str]]:
+    """{class: {field: the docstring under it}} of config.py."""
+    tree, docs = ast.parse(Path(config_module.__file__).read_text()), {}
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        docs[cls.name] = {
+            field.target.id: str(text.value.value)
+            for field, text in zip(cls.body, cls.body[1:], strict=False)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        }  # fmt: skip
+    return docs
+
+
+def refuse(problems: list[str]) -> int:
+    """Print every problem on its own line, on rank 0 of a launched job; returns the exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+    return 2
+
+
+def split_shortcuts(words: list[str], shortcuts: dict[str, str]) -> list[str]:
+    """Replace short keys by full ones, e.g. {"out": "sample.out"}."""
+    full = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        full.append(f"{shortcuts[key]}={value}" if equals and key in shortcuts else word)
+    return full

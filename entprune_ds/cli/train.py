@@ -1,0 +1,81 @@
+"""`entprune_ds.cli.train`: train, and prune while training. Started by deepspeed, torchrun or plain python."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from entprune_ds.cli.common import help_text, refuse, wants_help
+from entprune_ds.config import ConfigError, load_config, to_yaml
+
+HELP = """\
+Train a flow transformer under DeepSpeed and remove whole blocks while it trains.
+
+  deepspeed --num_gpus 2 --module entprune_ds.cli.train preset=digits data.shards=data_digits/train
+  deepspeed --num_gpus 8 --module entprune_ds.cli.train preset=digits_prune model.weights=runs/base/model run.name=small
+  torchrun --nproc_per_node 8 -m entprune_ds.cli.train preset=...
+  python -m entprune_ds.cli.train preset=...                    (one process)
+
+The same command again resumes from the newest checkpoint, exactly. --dry-run prints the resolved settings
+and the size of the model, and stops. Without a GPU the ranks run on the CPU over gloo.
+The run folder RUNS/NAME holds config.yaml, metrics.jsonl, decisions.jsonl, checkpoints/, samples/ and model/.
+"""
+SECTIONS = ["run", "model", "data", "train", "parallel", "prune", "sample", "monitor"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 2 refused before any work."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = [w for w in words if not w.startswith("--local_rank=")]  # older launchers add it
+    if wants_help(words):
+        print(help_text(HELP, SECTIONS))
+        return 0
+    dry_run = "--dry-run" in words
+    words = [w for w in words if w != "--dry-run"]
+    try:
+        if dry_run:
+            return describe(words)
+        from entprune_ds.preflight import training_problems
+
+        config = load_config(words, check=training_problems)
+    except ConfigError as error:
+        return refuse(error.problems)
+    limit_threads()
+    from entprune_ds.trainer import train
+
+    train(config, words)
+    return 0
+
+
+def limit_threads() -> None:
+    """Share the cores between the ranks of this node, unless OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ or os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+
+
+def describe(words: list[str]) -> int:
+    """--dry-run: the resolved settings and what they amount to."""
+    config = load_config(words)
+    from entprune_ds.engine.ds_config import batch_plan, zero_stage
+    from entprune_ds.models.registry import count_parameters
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        stage, (micro, accumulation) = zero_stage(config), batch_plan(config, world_size)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    if os.environ.get("RANK", "0") == "0":
+        print(to_yaml(config), end="")
+        parameters = count_parameters(config.model)
+        print(
+            f"# {parameters:,} parameters; {16 * parameters / 2**20:,.1f} MiB of weights, moments and EMA over all ranks"
+        )
+        print(f"# ZeRO-{stage}, {world_size} rank(s) x micro-batch {micro} x accumulation {accumulation}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""One pruning check: gather the scores of all ranks, decide on rank 0, and make sure that all ranks agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entprune_ds import comm
+from entprune_ds.config import Config, PruneConfig
+from entprune_ds.diffusion.objective import Draws, loss_per_example, make_draws
+from entprune_ds.importance.criteria import CRITERIA, removal_order
+from entprune_ds.importance.ntk import ntk_score
+from entprune_ds.importance.parts import Parts
+from entprune_ds.importance.scores import Scores, score_blocks, scores_as_json
+from entprune_ds.importance.sweep import leave_one_out
+from entprune_ds.importance.sweep_statistics import SweepStatistics
+from entprune_ds.importance.zico import zico_score
+from entprune_ds.logs import get_logger
+from entprune_ds.pruning.decision import PruneDecision
+from entprune_ds.pruning.schedule import blocks_at_depth, candidate_depths, default_cap
+from entprune_ds.pruning.vote import Candidate, vote
+from entprune_ds.rng import generator_for
+
+Examples = Callable[[str, int], tuple[Tensor, Tensor]]
+"""examples(purpose, count) -> latents (count,C,H,W), labels (count,): the next ones of a purpose, equal on all ranks."""
+
+STACK_LIMIT = 4096
+"""Examples (variants x draws) that one block evaluation of the sweep takes at once; bounds its memory."""
+
+
+@dataclass(frozen=True)
+class CheckTimes:
+    """Seconds that the parts of a check took on this rank."""
+
+    sweep: float
+    vote: float
+
+
+def run_check(
+    parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, step: int, original_depth: int,
+    examples: Examples,
+) -> tuple[PruneDecision, CheckTimes]:  # fmt: skip
+    """Score every block, vote on the depth, and agree on a decision. Collective: all ranks call.
+
+    Nothing of the training is touched: weights are read through `parts`, draws come from rng.py.
+
+    Args:
+        parts: the model as it trains now.
+        kept_blocks: original indices of its present blocks.
+        check: index of this check, 0 .. prune.num_checks - 1.
+        step: training step before which it stands.
+        original_depth: depth at the start of this run, which the default cap refers to.
+        examples: calibration data.
+
+    Raises:
+        DistributedError: on all ranks, when outputs are not finite or the ranks do not agree.
+    """
+    prune, seed = config.prune, config.run.seed
+    start = time.perf_counter()
+    scores = sweep_scores(parts, kept_blocks, prune, seed, check, examples)
+    comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
+    target = config.prune.target_depth or 1
+    order = removal_order(
+        prune.criterion, scores, kept_blocks, target_depth=target, seed=seed, check=check,
+        explicit_order=prune.explicit_order,
+    )  # fmt: skip
+    swept = time.perf_counter()
+    cap = prune.max_blocks_per_check or default_cap(original_depth, target, prune.num_checks)
+    depths = candidate_depths(len(kept_blocks), target, cap, prune.num_checks - check)
+    draws = proxy_draws(prune, seed, check, examples)
+    keep_sets = [tuple(blocks_at_depth(kept_blocks, order, depth)) for depth in depths]
+    candidates = [measure_candidate(parts, kept, draws, prune, seed, check) for kept in keep_sets]
+    proposal = _decide(candidates, prune, check, step, kept_blocks, order, scores) if comm.is_main() else None
+    decision = PruneDecision.from_json(comm.broadcast_json(None if proposal is None else proposal.to_json()))
+    comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
+    return decision, CheckTimes(swept - start, time.perf_counter() - swept)
+
+
+def sweep_scores(
+    parts: Parts, kept_blocks: tuple[int, ...], prune: PruneConfig, seed: int, check: int, examples: Examples
+) -> Scores:
+    """One-sweep leave-one-out scores over the calibration draws, split across ranks. Collective."""
+    groups = prune.calibration_draws // prune.calibration_batch
+    statistics: SweepStatistics | None = None
+    for group in range(groups):
+        latents, labels = examples("calibration", prune.calibration_batch)
+        slots = range(group * prune.calibration_batch, (group + 1) * prune.calibration_batch)
+        mine = _my_part(make_draws(latents, labels, slots, seed=seed, purpose="calibration", step=check))
+        outputs = leave_one_out(parts, kept_blocks, mine.z_t, mine.t, mine.labels, chunk=STACK_LIMIT)
+        if statistics is None:
+            statistics = SweepStatistics(kept_blocks, groups, tuple(outputs.shape[2:]), outputs.device)
+        statistics.update(group, outputs, mine.target, loss_per_example)
+        get_logger().debug("scored calibration batch %d of %d", group + 1, groups)
+    assert statistics is not None  # groups >= 2 is checked with the config
+    return score_blocks(statistics.reduce(), kept_blocks, entropy_needed=CRITERIA[prune.criterion].needs_entropy)
+
+
+@dataclass(frozen=True)
+class ProxyDraws:
+    """The fixed draws of the NTK repeats and the ZiCo batches, shared by all candidates of a check."""
+
+    ntk: list[Draws]
+    zico: list[Draws]
+
+
+def proxy_draws(prune: PruneConfig, seed: int, check: int, examples: Examples) -> ProxyDraws:
+    """Draw for both proxies; equal on all ranks."""
+    ntk, zico = prune.ntk_samples * prune.ntk_repeats, prune.zico_batch_size * prune.zico_batches
+    latents, labels = examples("proxies", ntk + zico)
+    draws = make_draws(latents, labels, range(ntk + zico), seed=seed, purpose="proxies", step=check)
+    first, rest = (
+        Draws(*columns) for columns in zip(*(c.split([ntk, zico]) for c in vars(draws).values()), strict=True)
+    )
+    return ProxyDraws(first.split(prune.ntk_samples), rest.split(prune.zico_batch_size))
+
+
+def _my_part(draws: Draws) -> Draws:
+    parts = [
+        torch.tensor_split(column, comm.world_size()) for column in (draws.z_t, draws.t, draws.labels, draws.target)
+    ]
+    return Draws(*(p[comm.rank()] for p in parts))
+
+
+def measure_candidate(
+    parts: Parts, kept_blocks: tuple[int, ...], draws: ProxyDraws, prune: PruneConfig, seed: int, check: int
+) -> Candidate:
+    """NTK condition number and ZiCo of the model that keeps these blocks. Collective."""
+
+    def ntk_draw(repeat: int) -> tuple[Tensor, Tensor, Tensor]:
+        return draws.ntk[repeat].z_t, draws.ntk[repeat].t, draws.ntk[repeat].labels
+
+    def projection(repeat: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator_for(seed, "ntk/projection", check, repeat))
+
+    def zico_draw(batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return draws.zico[batch].z_t, draws.zico[batch].t, draws.zico[batch].labels, draws.zico[batch].target
+
+    ntk = ntk_score(parts, kept_blocks, ntk_draw, projection, prune.ntk_repeats)
+    zico = zico_score(parts, kept_blocks, zico_draw, loss_per_example, prune.zico_batches)
+    return Candidate(
+        depth=len(kept_blocks), kept_blocks=kept_blocks, ntk=ntk.median, zico_mean=zico.mean, zico_sum=zico.total
+    )
+
+
+def _decide(
+    candidates: list[Candidate], prune: PruneConfig, check: int, step: int, kept_blocks: tuple[int, ...],
+    order: list[int], scores: Scores,
+) -> PruneDecision:  # fmt: skip
+    """Rank 0: the vote, written down as a value."""
+    outcome = vote(candidates, prune.vote_weights, prune.vote_tolerance)
+    chosen = outcome.chosen
+    forced = candidates[0].depth < len(kept_blocks)
+    dropped = tuple(b for b in kept_blocks if b not in chosen.kept_blocks)
+    return PruneDecision(
+        check=check, step=step, criterion=prune.criterion, kept_before=kept_blocks, dropped=dropped,
+        kept_blocks=chosen.kept_blocks, order=tuple(order), scores=scores_as_json(scores),  # type: ignore[arg-type]
+        candidates=outcome.as_json(), chosen_depth=chosen.depth, forced=forced,
+        reason=_reason(len(kept_blocks), chosen.depth, candidates, prune, check), score_only=prune.score_only,
+    )  # fmt: skip
+
+
+def _reason(depth: int, chosen: int, candidates: list[Candidate], prune: PruneConfig, check: int) -> str:
+    if len(candidates) == 1:
+        last = check == prune.num_checks - 1
+        why = "the last check reaches the target" if last else "only this depth leaves the target within reach"
+        return f"{depth} -> {chosen}: {why}."
+    at_least = depth - candidates[0].depth
+    floor = f"; at least {at_least} had to go" if at_least else ""
+    return f"{depth} -> {chosen}: lowest weighted sum of the NTK and ZiCo ranks among depths {[c.depth for c in candidates]}{floor}."

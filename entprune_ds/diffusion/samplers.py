@@ -1,0 +1,45 @@
+"""ODE samplers of the flow dz/dt = v(z, t): from noise at t = 0 to data at t = 1, in equal steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _times(num_steps: int, noise: Tensor) -> Tensor:
+    dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
+    return torch.linspace(0.0, 1.0, num_steps + 1, dtype=dtype, device=noise.device)
+
+
+@torch.no_grad()
+def euler(velocity: Velocity, noise: Tensor, labels: Tensor, num_steps: int) -> Tensor:
+    """Euler's method, first order, one evaluation a step.
+
+    Args:
+        velocity: (z (N,C,H,W), t (N,), labels (N,)) -> (N,C,H,W).
+        noise: start (N,C,H,W).
+        labels: (N,) i64.
+        num_steps: equal steps over [0, 1].
+    """
+    z, times = noise, _times(num_steps, noise)
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        z = z + (then - now) * velocity(z, now.expand(len(z)), labels)
+    return z
+
+
+@torch.no_grad()
+def heun(velocity: Velocity, noise: Tensor, labels: Tensor, num_steps: int) -> Tensor:
+    """Heun's method (explicit trapezoid), second order, two evaluations a step; arguments as `euler`."""
+    z, times = noise, _times(num_steps, noise)
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        v_now = velocity(z, now.expand(len(z)), labels)
+        v_then = velocity(z + (then - now) * v_now, then.expand(len(z)), labels)
+        z = z + (then - now) * (v_now + v_then) / 2
+    return z
+
+
+SAMPLERS = {"euler": euler, "heun": heun}

@@ -1,0 +1,155 @@
+"""The only place that calls deepspeed.initialize, and the handle on what it returns."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entprune_ds import comm
+from entprune_ds.config import Config, ModelConfig
+from entprune_ds.engine.ds_config import full_ds_config
+from entprune_ds.engine.ema import ema_decay, new_ema, update_ema
+from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
+from entprune_ds.models.dit import DiT, initial_tensor
+
+
+@dataclass
+class Engine:
+    """A live DeepSpeed engine with the state that we keep beside it."""
+
+    ds: Any
+    """deepspeed.DeepSpeedEngine."""
+    model_config: ModelConfig
+    """Architecture now; kept_blocks is always explicit."""
+    optimizer: torch.optim.Optimizer
+    pieces: list[Piece]
+    ema: dict[str, Tensor]
+    layout: list[list[tuple[str, int, int]]]
+    """Per rank its (name, start, stop) list: who holds what."""
+    ema_count: int = 0
+    """EMA updates since the start or the last resize."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Full shape of every parameter, in model order."""
+
+    @property
+    def kept_blocks(self) -> tuple[int, ...]:
+        """Original indices of the present blocks."""
+        return self.model_config.blocks
+
+    @property
+    def depth(self) -> int:
+        """Number of present blocks."""
+        return len(self.model_config.blocks)
+
+    @property
+    def adam_step(self) -> int:
+        """Adam steps behind the moments."""
+        return adam_step(self.pieces, self.optimizer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the training forward pass."""
+        return torch.bfloat16 if self.ds.bfloat16_enabled() else torch.float32
+
+    def set_learning_rate(self, value: float) -> None:
+        """Learning rate of the next optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    def update_ema(self, decay: float) -> None:
+        """One EMA update after an optimizer step."""
+        update_ema(self.ema, self.pieces, ema_decay(decay, self.ema_count))
+        self.ema_count += 1
+
+
+def build_engine(config: Config, model_config: ModelConfig) -> Engine:
+    """Build the model at the depth of `model_config` and wrap it; weights are set by the caller. Collective.
+
+    The constructor values of torch are drawn under a forked RNG and overwritten, so building is inert.
+    """
+    import deepspeed
+
+    model_config = replace(model_config, kept_blocks=model_config.blocks, weights="")
+    ds_config = full_ds_config(config, comm.world_size())
+    stage3 = ds_config["zero_optimization"]["stage"] == 3
+    devices = [comm.device()] if comm.device().type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
+            model = DiT(model_config)
+        if not stage3:
+            model.to(comm.device())
+        train = config.train
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
+            fused=comm.device().type == "cuda",
+        )  # fmt: skip
+        ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    pieces = pieces_of(ds)
+    shapes = {n: tuple(p.ds_shape if stage3 else p.shape) for n, p in ds.module.named_parameters()}
+    layout = comm.all_gather_json([(p.name, p.start, p.stop) for p in pieces])
+    return Engine(ds, model_config, optimizer, pieces, new_ema(pieces), layout, shapes=shapes)
+
+
+def initialize_fresh(engine: Engine, seed: int) -> None:
+    """Give a new engine its random initial weights, zero moments and an equal EMA. Collective."""
+
+    def read(piece: Piece) -> dict[str, Tensor]:
+        weight = initial_tensor(piece.name, piece.shape, seed).view(-1)[piece.start : piece.stop]
+        return fresh_state(weight)
+
+    write_state(engine.ds, engine.optimizer, engine.ema, 0, read)
+
+
+def fresh_state(weight: Tensor) -> dict[str, Tensor]:
+    """State of a weight that has never been trained: zero moments, EMA equal to it."""
+    zero = torch.zeros_like(weight)
+    return {"weight": weight, "exp_avg": zero, "exp_avg_sq": zero, "ema": weight}
+
+
+def destroy_engine(engine: Engine) -> None:
+    """Release everything an engine holds; DeepSpeed's own destroy() leaves hooks that keep it alive. Collective."""
+    ds, module = engine.ds, engine.ds.module
+    ds.destroy()
+    for submodule in module.modules():
+        for hooks in (
+            submodule._forward_hooks, submodule._forward_pre_hooks, submodule._backward_hooks,
+            submodule._backward_pre_hooks,
+        ):  # fmt: skip
+            hooks.clear()
+    engine.optimizer.state.clear()
+    engine.optimizer.param_groups.clear()
+    engine.pieces.clear()
+    engine.ema.clear()
+    for parameter in module.parameters():
+        parameter.grad = None
+    engine.ds = None
+    del ds, module
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tensor, float]:
+    """One optimizer step over the micro-batches of this rank (ZeRO stages 0-3).
+
+    Args:
+        micro_batches: diffusion.objective.Draws, as many as accumulation steps.
+        loss_fn: (prediction, target) -> (N,).
+
+    Returns:
+        Mean loss of this rank (a tensor, not synchronised) and the seconds taken.
+    """
+    start = time.perf_counter()
+    total = torch.zeros((), device=comm.device())
+    for draws in micro_batches:
+        draws = draws.to(comm.device(), engine.dtype)
+        loss = loss_fn(engine.ds(draws.z_t, draws.t, draws.labels), draws.target).mean()
+        engine.ds.backward(loss)
+        engine.ds.step()
+        total += loss.detach() / len(micro_batches)
+    return total, time.perf_counter() - start

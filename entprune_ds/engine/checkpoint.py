@@ -1,0 +1,232 @@
+"""Resumable checkpoints: one safetensors file per rank and a JSON manifest; nothing is ever unpickled.
+
+    checkpoints/step_00000100/rank_00000.safetensors   this rank's pieces, "KEY/NAME" -> (numel,) f32
+    checkpoints/step_00000100/manifest.json            who holds what, checksums, the training record
+    checkpoints/latest                                 name of the newest complete one, written last
+
+A folder appears under its final name only when it is complete: temporary name, fsync, rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from entprune_ds import comm
+from entprune_ds.engine.build import Engine
+from entprune_ds.engine.state import KEYS, Piece, state_tensor, write_state
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Training step at which it was written."""
+        return int(self.manifest["step"])
+
+    @property
+    def kept_blocks(self) -> tuple[int, ...]:
+        """Original indices of the blocks it holds."""
+        return tuple(self.manifest["kept_blocks"])
+
+
+def save_checkpoint(engine: Engine, root: Path, step: int, record: dict[str, Any]) -> Path:
+    """Write a checkpoint of the whole training state. Collective: all ranks call.
+
+    Args:
+        root: the checkpoints folder.
+        step: training step that comes next.
+        record: plain values that the trainer needs to go on (data cursor, decisions, config, ...).
+
+    Raises:
+        DistributedError: on all ranks, when any rank cannot write (disk full, read-only); an older checkpoint
+            is never touched.
+    """
+    final = root / f"step_{step:08d}"
+    temporary = root / f".writing_step_{step:08d}"
+    error = None
+    if comm.is_main():
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        except OSError as problem:
+            error = _disk_error(temporary, problem)
+    comm.raise_together(error)
+    try:
+        mine: dict[str, Any] | None = _write_pieces(engine, temporary / f"rank_{comm.rank():05d}.safetensors")
+    except (OSError, SafetensorError) as problem:
+        mine, error = None, _disk_error(temporary, problem)
+    comm.raise_together(error)
+    files = comm.all_gather_json(mine)
+    if comm.is_main():
+        manifest = {
+            "format": FORMAT, "step": step, "kept_blocks": list(engine.kept_blocks), "adam_step": engine.adam_step,
+            "ema_count": engine.ema_count, "shapes": {n: list(s) for n, s in engine.shapes.items()},
+            "files": files, "record": record,
+        }  # fmt: skip
+        try:
+            write_text(temporary / "manifest.json", json.dumps(manifest, allow_nan=False))
+            sync_folder(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            sync_folder(root)
+            write_text(root / "latest", final.name)
+        except OSError as problem:
+            error = _disk_error(final, problem)
+    comm.raise_together(error)
+    return final
+
+
+def _disk_error(path: Path, problem: Exception) -> str:
+    return f"cannot write {path}: {problem}. Free space or choose another `run.root`, then run the same command again."
+
+
+def _write_pieces(engine: Engine, path: Path) -> dict[str, Any]:
+    tensors, ranges = {}, []
+    replicated = engine.layout[0] == engine.layout[-1] and comm.world_size() > 1
+    for piece in engine.pieces:
+        start, stop = piece.start, piece.stop
+        if replicated:  # stage 0: every rank holds everything and saves an equal share
+            share = -(-piece.numel // comm.world_size())
+            start = min(share * comm.rank(), piece.numel)
+            stop = min(start + share, piece.numel)
+        if start < stop:
+            ranges.append([piece.name, start, stop])
+            for key in KEYS:
+                value = state_tensor(piece, key, engine.optimizer, engine.ema)[start - piece.start : stop - piece.start]
+                tensors[f"{key}/{piece.name}"] = value.cpu().clone()
+    save_file(tensors, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "ranges": ranges}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old or the new content: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that is known to be intact. Local."""
+    return Checkpoint(folder, json.loads((folder / "manifest.json").read_text()))
+
+
+def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest intact checkpoint, or None. Collective: all ranks check some files, all get the same answer.
+
+    Broken ones (truncated, checksum wrong) are reported through `warn` and the one before is used.
+    """
+    found = comm.broadcast_json(sorted((p.name for p in root.glob("step_*")), reverse=True) if comm.is_main() else None)
+    for name in found:
+        problems = [p for part in comm.all_gather_json(_problems(root / name)) for p in part]
+        if not problems:
+            return read_checkpoint(root / name)
+        warn(f"checkpoint {name} is damaged and is not used: {problems[0]}.")
+    return None
+
+
+def _problems(folder: Path) -> list[str]:
+    """What is wrong with the files that this rank checks (every world_size-th)."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            return [f"its format is {manifest['format']}, this version reads {FORMAT}"]
+        for entry in manifest["files"][comm.rank() :: comm.world_size()]:
+            path = folder / entry["name"]
+            if path.stat().st_size != entry["bytes"]:
+                return [f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"]
+            if sha256_of(path) != entry["sha256"]:
+                return [f"{path.name} has a wrong checksum"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{type(error).__name__}: {error}"]
+    return []
+
+
+def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Fill an engine of the checkpoint's depth, at any world size and ZeRO stage. Collective.
+
+    Raises:
+        ValueError: when names or shapes differ from the model, listing them.
+    """
+    saved = {n: tuple(s) for n, s in checkpoint.manifest["shapes"].items()}
+    wrong = sorted(n for n in saved.keys() | engine.shapes.keys() if saved.get(n) != engine.shapes.get(n))
+    if wrong:
+        message = f"{checkpoint.folder} holds another model; parameters that differ: {', '.join(wrong[:8])}"
+        raise ValueError(
+            message + f"{' ...' if len(wrong) > 8 else ''}. Use the config of that run, or another run.name."
+        )
+    read = range_reader(checkpoint)
+
+    def read_piece(piece: Piece) -> dict[str, Tensor]:
+        return read(piece.name, piece.start, piece.stop)
+
+    write_state(engine.ds, engine.optimizer, engine.ema, checkpoint.manifest["adam_step"], read_piece)
+    engine.ema_count = checkpoint.manifest["ema_count"]
+
+
+def range_reader(checkpoint: Checkpoint) -> Callable[[str, int, int], dict[str, Tensor]]:
+    """(name, start, stop) -> {key: (stop - start,) f32} from the files of all saved ranks, by memory map. Local."""
+    where: dict[str, list[tuple[int, int, int]]] = {}
+    handles = []
+    for index, entry in enumerate(checkpoint.manifest["files"]):
+        handles.append(safe_open(checkpoint.folder / entry["name"], framework="pt"))
+        for name, start, stop in entry["ranges"]:
+            where.setdefault(name, []).append((index, start, stop))
+
+    def read(name: str, first: int, last: int) -> dict[str, Tensor]:
+        out = {key: torch.full((last - first,), float("nan")) for key in KEYS}
+        for index, start, stop in where[name]:
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                for key in KEYS:
+                    part = handles[index].get_slice(f"{key}/{name}")[low - start : high - start]
+                    out[key][low - first : high - first] = part
+        return out
+
+    return read
+
+
+def prune_old(root: Path, keep_last: int, keep_steps: set[int]) -> None:
+    """Delete all but the newest `keep_last` checkpoints and those of `keep_steps`. Rank 0 only."""
+    folders = sorted(root.glob("step_*"))
+    for folder in folders[:-keep_last]:
+        if int(folder.name.removeprefix("step_")) not in keep_steps:
+            shutil.rmtree(folder, ignore_errors=True)

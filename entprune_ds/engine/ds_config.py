@@ -1,0 +1,99 @@
+"""DeepSpeed configuration files: found by name, checked, completed with the keys that we own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from entprune_ds.config import Config
+
+SHIPPED = (Path(__file__).parents[2] / "ds_configs", Path(__file__).parents[1] / "ds_configs")
+OWNED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "wandb", "steps_per_print",
+)  # fmt: skip
+
+
+def find_ds_config(name: str) -> Path:
+    """Path of a DeepSpeed configuration: a file, or the name of one in ds_configs/.
+
+    Raises:
+        ValueError: when there is none, listing the shipped names.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    for folder in SHIPPED:
+        if (folder / f"{name}.json").is_file():
+            return folder / f"{name}.json"
+    known = sorted({p.stem for folder in SHIPPED for p in folder.glob("*.json")})
+    raise ValueError(f"`parallel.ds_config`: `{name}` is neither a file nor one of {', '.join(known)}.")
+
+
+def read_ds_config(config: Config) -> dict[str, Any]:
+    """The chosen JSON with parallel.zero_stage applied, before the batch keys.
+
+    Raises:
+        ValueError: for a missing or malformed file, owned keys, or a combination that is not supported.
+    """
+    path = find_ds_config(config.parallel.ds_config)
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`parallel.ds_config`: {path} is not valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"`parallel.ds_config`: {path} must hold a JSON object.")
+    owned = [key for key in OWNED if key in values]
+    if owned:
+        message = f"`parallel.ds_config`: {path} sets {', '.join(owned)}, which train.* and monitor.* own. Remove them."
+        raise ValueError(message)
+    zero = values.setdefault("zero_optimization", {})
+    if config.parallel.zero_stage is not None:
+        zero["stage"] = config.parallel.zero_stage
+    if zero.setdefault("stage", 0) == 0 and values.get("bf16", {}).get("enabled"):
+        raise ValueError("`parallel.zero_stage`: 0 is supported in fp32 only. Choose stage 1, 2 or 3 for bf16.")
+    if values.get("fp16", {}).get("enabled"):
+        raise ValueError(f"`parallel.ds_config`: {path} enables fp16, which is not supported. Use bf16 or fp32.")
+    if zero.get("offload_optimizer") or zero.get("offload_param"):
+        raise ValueError(f"`parallel.ds_config`: {path} enables offload, which is not supported yet. Remove it.")
+    return values
+
+
+def zero_stage(config: Config) -> int:
+    """ZeRO stage of the run."""
+    return int(read_ds_config(config)["zero_optimization"]["stage"])
+
+
+def batch_plan(config: Config, dp_size: int) -> tuple[int, int]:
+    """(micro batch per rank, accumulation steps) for a data-parallel size.
+
+    Raises:
+        ValueError: when the global batch does not divide, or the readers do not.
+    """
+    total, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if config.data.num_readers % dp_size:
+        message = f"the data-parallel size ({dp_size}) must divide `data.num_readers` ({config.data.num_readers}). "
+        raise ValueError(message + f"Set data.num_readers to a multiple of {dp_size}.")
+    if total % dp_size:
+        raise ValueError(
+            f"`train.global_batch_size` ({total}) must be a multiple of the data-parallel size ({dp_size})."
+        )
+    per_rank = total // dp_size
+    micro = per_rank if micro is None else micro
+    if per_rank % micro:
+        message = f"`train.micro_batch_size` ({micro}) must divide `train.global_batch_size` / data-parallel size "
+        raise ValueError(message + f"({total} / {dp_size} = {per_rank}).")
+    return micro, per_rank // micro
+
+
+def full_ds_config(config: Config, dp_size: int) -> dict[str, Any]:
+    """The configuration that deepspeed.initialize receives."""
+    micro, accumulation = batch_plan(config, dp_size)
+    return read_ds_config(config) | {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.train.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }

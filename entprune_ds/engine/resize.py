@@ -1,0 +1,53 @@
+"""Live resizing: the same processes go on with fewer blocks, and nothing that training has learned is lost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from entprune_ds import comm
+from entprune_ds.config import Config
+from entprune_ds.engine.build import Engine, build_engine, destroy_engine
+from entprune_ds.engine.state import write_state
+from entprune_ds.engine.transfer import exchange, park, reader
+
+
+def names_after(engine: Engine, kept_blocks: tuple[int, ...]) -> list[str]:
+    """Names of the parameters that survive when only `kept_blocks` remain."""
+    dropped = set(engine.kept_blocks) - set(kept_blocks)
+    return [n for n in engine.shapes if not (n.startswith("blocks.") and int(n.split(".")[1]) in dropped)]
+
+
+def resize(engine: Engine, config: Config, kept_blocks: tuple[int, ...]) -> tuple[Engine, float]:
+    """Continue with a subset of the blocks. Collective; `engine` is unusable afterwards.
+
+    Survivors keep fp32 weights, Adam moments, step count and EMA; the EMA warm-up starts again. The old
+    state is parked in host memory, the old engine destroyed, a new one built at the new depth in the same
+    processes, and the state written into its partitions.
+
+    Args:
+        kept_blocks: original indices, a proper subset of the present ones.
+
+    Returns:
+        The new engine and the seconds taken.
+
+    Raises:
+        ValueError: on all ranks, when `kept_blocks` is not a proper non-empty subset of the present blocks.
+        RuntimeError: on all ranks, in the middle of an accumulation of gradients.
+    """
+    start = time.perf_counter()
+    if not kept_blocks or not set(kept_blocks) < set(engine.kept_blocks):
+        raise ValueError(f"cannot keep blocks {list(kept_blocks)} of {list(engine.kept_blocks)}: not a proper subset.")
+    if engine.ds.micro_steps % engine.ds.gradient_accumulation_steps():
+        raise RuntimeError("a resize must stand between optimizer steps, not inside a gradient accumulation.")
+    comm.assert_same_on_all_ranks([list(kept_blocks), engine.adam_step], "the state before a resize")
+    names = names_after(engine, kept_blocks)
+    step, have = engine.adam_step, engine.layout
+    model_config = replace(engine.model_config, kept_blocks=tuple(sorted(kept_blocks)))
+    parked = park(engine, names)
+    destroy_engine(engine)
+    new = build_engine(config, model_config)
+    parked = exchange(parked, have, new.layout)
+    write_state(new.ds, new.optimizer, new.ema, step, reader(parked))
+    comm.barrier()
+    return new, time.perf_counter() - start

@@ -1,0 +1,49 @@
+"""What a run was made with: the command, the commit, versions and the config digest, kept in env.json."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from entprune_ds.config import Config, digest, to_dict
+
+PACKAGES = ("entprune_ds", "torch", "deepspeed", "webdataset", "wandb", "safetensors", "numpy", "scipy", "clean-fid")
+
+
+def environment(config: Config, world_size: int, command: str) -> dict[str, Any]:
+    """Plain values for env.json; nothing of the environment variables is stored."""
+    return {
+        "command": command,
+        "commit": commit(),
+        "config_digest": digest(to_dict(config)),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "world_size": world_size,
+    }
+
+
+def launch_command(arguments: list[str], world_size: int) -> str:
+    """The command line that repeats this run, quoted for a shell."""
+    words = " ".join(shlex.quote(a) for a in arguments)
+    return f"deepspeed --num_gpus {world_size} --module entprune_ds.cli.train {words}"
+
+
+def commit() -> str:
+    """Git commit of the source tree, or "unknown" outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,134 @@
+"""What can go wrong around the training: run folders in use, signals, lost peers, and what the user is told."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from entprune_ds import comm
+from entprune_ds.logs import get_logger
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; a BaseException so that no `except Exception` swallows it."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+def raise_on_signals() -> None:
+    """Turn SIGTERM and SIGINT into Interrupted at the next Python instruction."""
+
+    def handler(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def locked_run_folder(folder: Path) -> Iterator[None]:
+    """Create the run folder and hold its lock on rank 0 while the run lasts. Collective.
+
+    The lock is an advisory file lock: it vanishes with its process, so there are no stale locks.
+
+    Raises:
+        DistributedError: on all ranks, when another process holds it or the folder cannot be written.
+    """
+    error, handle = None, None
+    if comm.is_main():
+        try:
+            handle = _lock(folder)
+        except BlockingIOError:
+            owner = (folder / "lock").read_text().strip() or "an unknown process"
+            error = f"run folder {folder} is in use by {owner}. Wait for it, stop it, or choose another `run.name`."
+        except OSError as problem:
+            error = f"run folder {folder} cannot be written: {problem}. Choose another `run.root` or free space."
+    comm.raise_together(error)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.close()
+
+
+def _lock(folder: Path) -> IO[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = open(folder / "lock", "a+")  # noqa: SIM115 - the open file is the lock
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    handle.seek(0)
+    handle.truncate()
+    job = os.environ.get("SLURM_JOB_ID")
+    handle.write(f"host {socket.gethostname()}, process {os.getpid()}" + (f", Slurm job {job}" if job else "") + "\n")
+    handle.flush()
+    return handle
+
+
+def check_space(folder: Path, needed_bytes: int) -> str | None:
+    """Problem text when the file system of `folder` has less than `needed_bytes` free, else None."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed_bytes:
+        return None
+    need, have = needed_bytes / 2**30, free / 2**30
+    message = f"{folder} has {have:.2f} GiB free, but two checkpoints of this model need {need:.2f} GiB. "
+    return message + "Free space or choose another `run.root`."
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Run the training; whatever ends it becomes one clear message and an exit status, and no rank lingers.
+
+    Status: 128 + signal when interrupted, 75 when another rank is gone, 2 for an error that all ranks raised
+    together, 1 for anything else (with its traceback).
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        _say(f"stopped by {stop}. {_remedy(folder)}")
+        _leave(128 + stop.number)
+    except comm.DistributedError as error:
+        if comm.is_main():
+            _say(str(error))
+        _leave(2)
+    except Exception as error:
+        if not _is_lost_peer(error):
+            traceback.print_exc()
+            _say(f"failed with {type(error).__name__}. {_remedy(folder)}")
+            _leave(1)
+        _say(f"rank {comm.rank()} lost contact with another rank ({str(error).splitlines()[0]}). {_remedy(folder)}")
+        _leave(75)
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    signs = ("Connection closed by peer", "Connection reset", "Timed out", "timeout", "NCCL", "Broken pipe")
+    return any(sign in text for sign in signs)
+
+
+def _remedy(folder: Path) -> str:
+    latest = folder / "checkpoints" / "latest"
+    if latest.is_file():
+        newest = latest.read_text().strip()
+        return f"The newest checkpoint is {folder / 'checkpoints' / newest}; the same command resumes from it."
+    return "There is no checkpoint yet; the same command starts again."
+
+
+def _say(text: str) -> None:
+    get_logger().error(text)
+    sys.stderr.flush()
+
+
+def _leave(status: int) -> None:
+    # Destructors of a process group with a dead peer can block, so the process ends here and now.
+    sys.stdout.flush()
+    os._exit(status)

@@ -1,0 +1,160 @@
+"""Which block goes first: one table of criteria, and the order of removal that each gives.
+
+A criterion is a function of a RankingRequest that returns the present blocks, first to go first, and one line
+in CRITERIA. Wherever two blocks tie, the higher index goes first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from entprune_ds.importance.scores import Scores
+from entprune_ds.rng import generator_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingRequest:
+    """Everything that a criterion may look at."""
+
+    scores: Scores
+    """Scores of the last sweep; may be empty for a criterion that does not need it."""
+    kept_blocks: tuple[int, ...]
+    """Present blocks, sorted."""
+    target_depth: int
+    """Blocks that remain at the end of the run."""
+    seed: int
+    """Seed of the run."""
+    check: int
+    """Number of this check, from 0."""
+    explicit_order: tuple[int, ...]
+    """The user's order, for criterion explicit."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One line of the table."""
+
+    order: Callable[[RankingRequest], list[int]]
+    needs_sweep: bool = False
+    """Whether the order depends on the scores of a sweep."""
+    needs_entropy: bool = False
+    """Whether the order depends on an entropy, which needs spread in nearly every output element."""
+
+
+def removal_order(
+    criterion: str,
+    scores: Scores,
+    kept_blocks: Sequence[int],
+    *,
+    target_depth: int,
+    seed: int = 0,
+    check: int = 0,
+    explicit_order: Sequence[int] = (),
+) -> list[int]:
+    """Present blocks in the order of removal, first to go first; a pure function of its arguments.
+
+    Raises:
+        ValueError: for an unknown criterion, or one whose scores are absent or not finite.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion `{criterion}` is not known. Choose one of {', '.join(CRITERIA)}.")
+    request = RankingRequest(
+        scores=scores,
+        kept_blocks=tuple(sorted(kept_blocks)),
+        target_depth=target_depth,
+        seed=seed,
+        check=check,
+        explicit_order=tuple(explicit_order),
+    )
+    return CRITERIA[criterion].order(request)
+
+
+def lowest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:
+    """The order of a leave-one-out score: what changes the output least goes first."""
+
+    def order(request: RankingRequest) -> list[int]:
+        by_block = request.scores.get(name, {})
+        values = {b: by_block[b].value for b in request.kept_blocks if b in by_block}
+        bad = [b for b in request.kept_blocks if not math.isfinite(values.get(b, math.nan))]
+        if bad:
+            raise ValueError(f"check {request.check}: blocks {bad} have no finite `{name}` score. Nothing was removed.")
+        return sorted(values, key=lambda b: (values[b], -b))
+
+    return order
+
+
+def random_order(request: RankingRequest) -> list[int]:
+    """A random order that is a function of (seed, block) alone, and so the same at every check."""
+
+    def key(block: int) -> float:
+        generator = generator_for(request.seed, "random_criterion", 0, block)
+        return torch.rand(1, generator=generator, dtype=torch.float64).item()
+
+    return sorted(request.kept_blocks, key=lambda b: (key(b), -b))
+
+
+def explicit(request: RankingRequest) -> list[int]:
+    """The user's blocks in the user's order, as far as they are present; then the others, highest index first."""
+    listed = [b for b in request.explicit_order if b in request.kept_blocks]
+    return listed + [b for b in reversed(request.kept_blocks) if b not in listed]
+
+
+def every_other(request: RankingRequest) -> list[int]:
+    """Remove so that what remains is evenly spread ("oracle" of BK-SDM type; 28 -> 14 is TinyFusion's set).
+
+    The blocks that stay are, for i = 0 .. target - 1, the present ones nearest to the even grid
+    first + i * (last - first) / (target - 1), in increasing order (ties to the lower index). The grid lies on
+    original indices, so the later checks of a run find the same blocks. The others go first, then the
+    inner blocks that stay, then the last block and at the very end the first. Within each part the next
+    to go is the one that leaves the smallest gap, then the one farthest from any missing block, then the
+    higher index.
+    """
+    present = list(request.kept_blocks)
+    stay = _evenly_spread(present, request.target_depth)
+    ends = [present[-1], present[0]] if len(present) > 1 else present
+    alternates = [b for b in present if b not in stay and b not in ends]
+    inner = [b for b in present if b in stay and b not in ends]
+    order: list[int] = []
+    for group in (alternates, inner):
+        while group:
+            chosen = min(group, key=lambda b: _damage_to_spread(b, [p for p in present if p not in order]))
+            order.append(chosen)
+            group.remove(chosen)
+    return order + ends
+
+
+def _evenly_spread(present: list[int], target: int) -> list[int]:
+    """`target` of the sorted blocks nearest to an even grid between the first and the last."""
+    if target >= len(present):
+        return present
+    step = (present[-1] - present[0]) / max(target - 1, 1)
+    stay, start = [], 0
+    for i in range(target):
+        reachable = range(start, len(present) - (target - i) + 1)  # leaves enough blocks for the rest of the grid
+        position = min(reachable, key=lambda p: (abs(present[p] - (present[0] + i * step)), p))
+        stay.append(present[position])
+        start = position + 1
+    return stay
+
+
+def _damage_to_spread(block: int, present: list[int]) -> tuple[int, int, int]:
+    """Sort key of an inner block: gap that its removal leaves, then far from a missing block, then high index first."""
+    position = present.index(block)
+    gap = present[position + 1] - present[position - 1]
+    missing = [b for b in range(present[0], present[-1]) if b not in present]
+    return gap, -min((abs(block - m) for m in missing), default=0), -block
+
+
+CRITERIA: dict[str, Criterion] = {
+    "ced": Criterion(lowest_score_first("ced"), needs_sweep=True, needs_entropy=True),
+    "ced_abs": Criterion(lowest_score_first("ced_abs"), needs_sweep=True, needs_entropy=True),
+    "loss": Criterion(lowest_score_first("loss"), needs_sweep=True),
+    "random": Criterion(random_order),
+    "every_other": Criterion(every_other),
+    "explicit": Criterion(explicit),
+}
+CRITERIA_NEED_SWEEP = frozenset(name for name, criterion in CRITERIA.items() if criterion.needs_sweep)

@@ -1,0 +1,80 @@
+"""What a person sees: a logger that speaks on rank 0, and a progress line.
+
+On a terminal the progress is a rich bar; elsewhere (Slurm logs, pipes) it is plain lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def get_logger() -> logging.Logger:
+    """Logger "entprune_ds": INFO on rank 0, errors only on the others."""
+    logger = logging.getLogger("entprune_ds")
+    if not logger.handlers:
+        rank = os.environ.get("RANK", "0")
+        handler = logging.StreamHandler(sys.stderr)
+        prefix = "" if rank == "0" else f"[rank {rank}] "
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO if rank == "0" else logging.ERROR)
+        logger.propagate = False
+    return logger
+
+
+class ProgressLine:
+    """One advancing line: a bar on a terminal, a plain line every `seconds` elsewhere.
+
+    `update(done, text)` may be called at every step; it costs microseconds between two prints.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0, seconds: float = 10.0):
+        self.title, self.total, self.seconds = title, total, seconds
+        self.start_time, self.start_done, self.last = time.monotonic(), done, time.monotonic()
+        self.visible = os.environ.get("RANK", "0") == "0"
+        console = Console(stderr=True)
+        self.bar: Progress | None = None
+        if self.visible and console.is_terminal:
+            columns = (
+                TextColumn(title),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self.bar = Progress(*columns, console=console)
+            self.task = self.bar.add_task(title, total=total, completed=done, text="")
+            self.bar.start()
+
+    def update(self, done: int, text: str = "") -> None:
+        """Show that `done` of `total` are finished, with a short text."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, text=text)
+        elif self.visible and (done == self.total or time.monotonic() - self.last >= self.seconds):
+            self.last = time.monotonic()
+            rate = (done - self.start_done) / max(self.last - self.start_time, 1e-9)
+            left = (self.total - done) / rate if rate > 0 else float("nan")
+            get_logger().info("%s %d/%d  %s  %.0f s left", self.title, done, self.total, text, left)
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0) -> Iterator[ProgressLine]:
+    """A ProgressLine that is closed in any case."""
+    line = ProgressLine(title, total, done)
+    try:
+        yield line
+    finally:
+        line.close()

@@ -1,0 +1,103 @@
+"""What was measured, from evaluation.json: headline figures, the table of quality and speed, and the protocol.
+
+Nothing is computed that was not measured: no speed-up from block counts, no figure for a side that is absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from . import plots
+from .html import Markup, facts, figure, table, tag
+from .numbers import MISSING, magnitude, percent, sensible
+from .records import number
+from .run_folder import RunFolder
+
+ROWS = {
+    "depth": "blocks",
+    "original_depth": "blocks of the original",
+    "parameters": "parameters",
+    "fid": "FID, whole set",
+    "fid_validation": "FID, validation split",
+    "kid": "KID, whole set",
+    "kid_validation": "KID, validation split",
+    "class_accuracy": "class accuracy",
+}
+"""Words for the fields of evaluation.json; unknown fields appear under their own name."""
+
+
+def headline_tiles(run: RunFolder) -> Markup | None:
+    """Headline figures, base → pruned; each only when it was recorded."""
+    values = run.evaluation
+    before, after = number(values, "pruned", "original_depth"), number(values, "pruned", "depth")
+    if run.decisions and not math.isfinite(after):
+        before, after = len(run.decisions[0].kept_before), run.decisions[-1].depth
+    kept = f"{percent(1 - after / before)} of the blocks removed" if before > 0 and math.isfinite(after) else ""
+    base, pruned = _pair(run, "parameters")
+    saved = f"{percent(1 - pruned / base)} fewer" if base > 0 and math.isfinite(pruned) else ""
+    tiles = [
+        _tile("Depth", sensible(before), sensible(after), kept),
+        _tile("Parameters", magnitude(base), magnitude(pruned), saved),
+        _tile("FID, whole set", *_shown(run, sensible, "fid"), "lower is better"),
+        _tile("Class accuracy", *_shown(run, percent, "class_accuracy"), "of the samples"),
+    ]
+    for batch in plots.batches(values)[-1:]:
+        speedup = number(values, "speedup", batch)
+        tiles.append(_tile("Latency", *_shown(run, sensible, "latency_ms", batch), f"ms, batch {batch}"))
+        if speedup > 0:
+            tiles.append(_tile("Speed-up", MISSING, f"{speedup:.2f} ×", f"measured, batch {batch}"))
+    found = [t for t in tiles if t is not None]
+    return tag("div", *found, class_="tiles") if found else None
+
+
+def _tile(name: str, before: str, after: str, note: str) -> Markup | None:
+    """A figure; None when nothing was measured, one number when only one side was."""
+    shown = [v for v in (before, after) if v != MISSING]
+    if not shown:
+        return None
+    return tag("div", tag("span", name), tag("b", " → ".join(shown)), tag("span", note), class_="tile")
+
+
+def _pair(run: RunFolder, *path: str) -> tuple[float, float]:
+    return number(run.evaluation, "base", *path), number(run.evaluation, "pruned", *path)
+
+
+def _shown(run: RunFolder, words: Callable[[float], str], *path: str) -> tuple[str, str]:
+    base, pruned = _pair(run, *path)
+    return words(base), words(pruned)
+
+
+def quality_section(run: RunFolder) -> Markup | None:
+    """Bars, table and protocol; None without evaluation.json."""
+    if not run.evaluation:
+        return None
+    sides = {side: v for side in ("base", "pruned") if isinstance(v := run.evaluation.get(side), dict)}
+    names = list(dict.fromkeys([*ROWS, *(k for v in sides.values() for k in v if k != "latency_ms")]))
+    rows = [(ROWS.get(n, n), *(_cell(n, v.get(n)) for v in sides.values())) for n in names]
+    for batch in plots.batches(run.evaluation):
+        times = [number(v, "latency_ms", batch) for v in sides.values()]
+        rows.append((f"latency, batch {batch} (ms)", *map(sensible, times)))
+    rows = [r for r in rows if any(c != MISSING for c in r[1:])]
+    speedups = [(b, number(run.evaluation, "speedup", b)) for b in plots.batches(run.evaluation)]
+    measured = ", ".join(f"{v:.2f} × at batch {b}" for b, v in speedups if v > 0)
+    protocol = run.evaluation.get("protocol")
+    bars = plots.comparison(run.evaluation) if len(sides) == 2 else None
+    return tag(
+        "section",
+        tag("h2", "Quality and speed"),
+        figure(bars, "Base against pruned: FID and latency"),
+        table(("", *sides), rows) if rows else None,
+        tag("p", f"Measured speed-up: {measured}.") if measured else None,
+        tag("h3", "Protocol"),
+        facts(protocol) if isinstance(protocol, dict) and protocol else tag("p", "The protocol was not recorded."),
+    )
+
+
+def _cell(name: str, value: object) -> str:
+    if value is None:
+        return MISSING
+    figure_ = number({"value": value}, "value")
+    if not math.isfinite(figure_):
+        return str(value)
+    return percent(figure_) if name == "class_accuracy" else sensible(figure_)

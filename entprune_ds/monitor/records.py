@@ -1,0 +1,201 @@
+"""Checked views of what a run wrote, for tables and figures.
+
+Run folders travel, get edited and get cut short, so nothing read from them is trusted: a record either has the
+right shape or is refused with the reason, and the caller counts it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_BLOCKS = 4096
+"""Largest block index that is believed; a damaged record must not ask for a figure of a billion columns."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Importance of one block under one criterion."""
+
+    value: float
+    standard_error: float
+    """NaN where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One depth that stood for election at a check."""
+
+    depth: int
+    kept_blocks: tuple[int, ...]
+    ntk: float
+    """NTK condition number, lower is better; NaN means invalid."""
+    zico_mean: float
+    """ZiCo, mean over linear layers, higher is better; NaN means invalid."""
+    zico_sum: float
+    ntk_rank: float
+    zico_rank: float
+    total: float
+    """Weighted rank sum, lower wins."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One pruning check as recorded in decisions.jsonl."""
+
+    check: int
+    step: int
+    criterion: str
+    kept_before: tuple[int, ...]
+    dropped: tuple[int, ...]
+    kept_blocks: tuple[int, ...]
+    order: tuple[int, ...]
+    scores: dict[str, dict[int, Score]]
+    candidates: tuple[Candidate, ...]
+    chosen_depth: int
+    forced: bool
+    reason: str
+    score_only: bool
+    digest: str
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Blocks that really left the model: none when the check only scored."""
+        return () if self.score_only else self.dropped
+
+    @property
+    def scored_by(self) -> str:
+        """The criterion to draw: the one that decided, or the first that was scored where it has no scores (random)."""
+        return self.criterion if self.criterion in self.scores or not self.scores else next(iter(self.scores))
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the model after the check."""
+        return len(self.kept_before) - len(self.removed)
+
+
+def decision_of(row: Mapping[str, Any]) -> Decision:
+    """Check one decision in its JSON form.
+
+    Raises:
+        ValueError: a key is missing or has a wrong type, naming it.
+    """
+    scores = {
+        str(criterion): {_block(block): _score(score) for block, score in _object(of_criterion).items()}
+        for criterion, of_criterion in _object(row.get("scores", {})).items()
+    }
+    candidates = tuple(_candidate(_object(c)) for c in _list(row, "candidates", []))
+    return Decision(
+        check=_integer(row, "check"),
+        step=_integer(row, "step"),
+        criterion=str(row.get("criterion", "")),
+        kept_before=_blocks(row, "kept_before"),
+        dropped=_blocks(row, "dropped"),
+        kept_blocks=_blocks(row, "kept_blocks"),
+        order=_blocks(row, "order", []),
+        scores=scores,
+        candidates=candidates,
+        chosen_depth=_integer(row, "chosen_depth"),
+        forced=row.get("forced") is True,
+        reason=str(row.get("reason", "")),
+        score_only=row.get("score_only") is True,
+        digest=str(row.get("digest", "")),
+    )
+
+
+def decisions_of(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Decision], int]:
+    """All well-formed decisions sorted by step, and the number of refused rows."""
+    decisions, refused = [], 0
+    for row in rows:
+        try:
+            decisions.append(decision_of(row))
+        except ValueError:
+            refused += 1
+    return sorted(decisions, key=lambda d: (d.step, d.check)), refused
+
+
+def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps (ascending) and values of one metric.
+
+    A null (a value that was not finite) becomes NaN, so that a curve shows a gap. When a step occurs twice, as after a
+    resume, the later line counts.
+    """
+    found: dict[int, float] = {}
+    for row in rows:
+        step = step_of(row)
+        if name in row and step is not None:
+            found[step] = number(row, name)
+    steps = sorted(found)
+    return steps, [found[s] for s in steps]
+
+
+def step_of(row: Any) -> int | None:
+    """The optimizer step of a line; None when it has none that can be believed."""
+    step = row.get("step") if isinstance(row, Mapping) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) and abs(step) < 2**53 else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number of a size that can be drawn (booleans are not numbers)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def number(values: Any, *keys: str) -> float:
+    """The finite number at a path of keys, else NaN."""
+    for key in keys:
+        if not isinstance(values, Mapping):
+            return math.nan
+        values = values.get(key)
+    return float(values) if is_number(values) else math.nan
+
+
+def _score(row: Any) -> Score:
+    return Score(_number(row, "value"), _number(row, "standard_error"))
+
+
+def _candidate(row: Mapping[str, Any]) -> Candidate:
+    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total")
+    values = {name: _number(row, name) for name in names}
+    return Candidate(depth=_integer(row, "depth"), kept_blocks=_blocks(row, "kept_blocks", []), **values)
+
+
+def _number(row: Any, key: str) -> float:
+    value = _object(row).get(key)
+    if value is None or isinstance(value, float):  # JSON as Python writes it may hold NaN and Infinity
+        return number(row, key)
+    if not is_number(value):
+        raise ValueError(f"`{key}` must be a number, got {value!r}.")
+    return float(value)
+
+
+def _integer(row: Mapping[str, Any], key: str) -> int:
+    value = step_of({"step": row.get(key)})
+    if value is None:
+        raise ValueError(f"`{key}` must be an integer, got {value!r}.")
+    return value
+
+
+def _list(row: Mapping[str, Any], key: str, default: list | None = None) -> list:
+    value = row.get(key, default)
+    if not isinstance(value, list):
+        raise ValueError(f"`{key}` must be a list, got {value!r}.")
+    return value
+
+
+def _blocks(row: Mapping[str, Any], key: str, default: list | None = None) -> tuple[int, ...]:
+    return tuple(_block(value) for value in _list(row, key, default))
+
+
+def _block(value: Any) -> int:
+    text = str(value)
+    if isinstance(value, (int, str)) and text.isascii() and text.isdigit() and len(text) < 6 and int(text) < MAX_BLOCKS:
+        return int(text)
+    raise ValueError(f"{value!r} is not a block index.")
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected an object, got {value!r}.")
+    return value

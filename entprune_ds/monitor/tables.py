@@ -1,0 +1,101 @@
+"""A decision as tables of plain values, as a sentence, and what its scores can and cannot tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from scipy import stats
+
+from .numbers import blocks_text, sensible
+from .records import Decision
+
+Cell = int | float | str | bool | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns and rows of plain values."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def score_table(decision: Decision) -> Table:
+    """Block x criterion with standard errors; `place` is the position in the order of removal, 1 goes first."""
+    criteria = tuple(decision.scores)
+    columns = ["block", "removed", "place"]
+    for criterion in criteria:
+        columns += [criterion, f"{criterion} standard error"]
+    rows = []
+    for block in decision.kept_before if criteria else ():
+        row: list[Cell] = [block, block in decision.removed, place(decision, block)]
+        for criterion in criteria:
+            score = decision.scores[criterion].get(block)
+            row += [None, None] if score is None else [_plain(score.value), _plain(score.standard_error)]
+        rows.append(tuple(row))
+    return Table(tuple(columns), tuple(rows))
+
+
+def vote_table(decision: Decision) -> Table:
+    """Candidate depths with proxies, ranks and total; lower total wins."""
+    columns = ("depth", "chosen", "ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total", "kept_blocks")
+    rows = []
+    for c in decision.candidates:
+        figures = [_plain(v) for v in (c.ntk, c.zico_mean, c.zico_sum, c.ntk_rank, c.zico_rank, c.total)]
+        kept = " ".join(map(str, c.kept_blocks))
+        rows.append((c.depth, c.depth == decision.chosen_depth, *figures, kept))
+    return Table(columns, tuple(rows))
+
+
+def sentence(decision: Decision) -> str:
+    """The decision in words."""
+    verb = "would remove" if decision.score_only else "removed"
+    how = "forced by the cap or the target" if decision.forced else "by vote"
+    text = f"Check {decision.check} at step {decision.step:,} {verb} {blocks_text(decision.dropped)}"
+    text += f" ({how}, criterion {decision.criterion}); depth {len(decision.kept_before)} → {decision.depth}."
+    return f"{text} {decision.reason}".strip()
+
+
+def place(decision: Decision, block: int) -> int | None:
+    """Position of a block in the order of removal, from 1; None where the order does not name it."""
+    return decision.order.index(block) + 1 if block in decision.order else None
+
+
+def separation(decision: Decision) -> str:
+    """How clearly the last block that went differs from the first that stayed; empty where that cannot be said.
+
+    The standard errors are combined as if independent. The draws are paired, so the true distance is rather larger.
+    """
+    scores = decision.scores.get(decision.criterion, {})
+    ordered = [b for b in decision.order if b in scores]
+    gone = [b for b in ordered if b in decision.dropped]
+    stayed = [b for b in ordered if b not in decision.dropped]
+    if not gone or not stayed:
+        return ""
+    last, first = scores[gone[-1]], scores[stayed[0]]
+    error = math.hypot(last.standard_error, first.standard_error)
+    if not error > 0:
+        return ""
+    distance = abs(first.value - last.value) / error
+    verdict = "clearly different" if distance > 2 else "not told apart by this many draws"
+    pair = f"Last to go, block {gone[-1]}, and first to stay, block {stayed[0]}"
+    return f"{pair}: {sensible(distance, 2)} standard errors apart, {verdict}."
+
+
+def agreement(decision: Decision) -> list[tuple[str, float, float]]:
+    """Rank correlation of every other criterion with the one that decided: (criterion, Spearman rho, Kendall tau)."""
+    chosen = decision.scores.get(decision.criterion, {})
+    found = []
+    for criterion, scores in decision.scores.items():
+        pairs = [(chosen[b].value, scores[b].value) for b in decision.kept_before if b in chosen and b in scores]
+        pairs = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+        spread = all(len(set(values)) > 1 for values in zip(*pairs, strict=True)) if len(pairs) > 2 else False
+        if criterion != decision.criterion and spread:
+            mine, other = zip(*pairs, strict=True)
+            found.append((criterion, float(stats.spearmanr(mine, other)[0]), float(stats.kendalltau(mine, other)[0])))
+    return found
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,202 @@
+"""The one Weights & Biases run of a training run, kept through every resume and every resize.
+
+Monitoring never stops training: whatever the client reports becomes a warning, and metrics.jsonl goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import netrc
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ..config import Config, to_dict
+from ..logs import get_logger
+from . import plots, tables
+from .files import read_json_lines, write_atomically
+from .interface import Monitor, NullMonitor
+from .records import decision_of, decisions_of
+
+if TYPE_CHECKING:
+    import wandb
+
+ID_FILE = "wandb_id.txt"
+INIT_SECONDS = 30.0
+"""Longest wait for the server at the start; far below the time-out of the process group."""
+FINISH_SECONDS = 60.0
+"""Longest wait for uploads at the end; what is left stays on disk for `wandb sync`."""
+
+
+def start_wandb(config: Config, run_dir: Path) -> Monitor:
+    """Open (or continue) the run; a NullMonitor and a warning when the client cannot.
+
+    Offline when there are no credentials and WANDB_MODE is unset; a set WANDB_MODE is respected.
+    """
+    log = get_logger()
+    try:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,  # a remote's address may hold a token; env.json names the commit
+            disable_code=True,
+            x_disable_meta=True,  # user, e-mail and command line; env.json has what a reader needs
+            x_save_requirements=False,
+            init_timeout=INIT_SECONDS,
+            login_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+        )
+        run = wandb.init(
+            project=config.monitor.wandb_project,
+            name=config.run.name,
+            id=run_id(run_dir),
+            resume="allow",
+            mode=None if os.environ.get("WANDB_MODE") or has_credentials() else "offline",
+            dir=str(run_dir.resolve()),
+            config=to_dict(config),
+            allow_val_change=True,  # num_steps and parallel.* may differ on a resume
+            settings=settings,
+        )
+        # Our own step axis: W&B's counter only grows, and a resume repeats the steps since the checkpoint.
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
+    except Exception as error:  # telemetry must not end a training run, whatever it raises
+        log.warning("Weights & Biases could not start (%s); metrics.jsonl goes on without it.", _one_line(error))
+        return NullMonitor()
+    where = f"{run.dir.removesuffix('/files')}, upload with `wandb sync`" if run.offline else run.url
+    log.info("Weights & Biases run %s: %s", run.id, where)
+    return WandbMonitor(run, run_dir, log)
+
+
+def has_credentials() -> bool:
+    """Whether the client would find a login without asking: a key or token in the environment, or an entry in netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    try:
+        entry = netrc.netrc(path).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        return False  # absent or unreadable: the client could not use it either
+    return entry is not None and bool(entry[2])
+
+
+def run_id(run_dir: Path) -> str:
+    """The id of the W&B run, drawn once and kept in the run folder.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = run_dir / ID_FILE
+    if not path.exists():
+        write_atomically(path, (secrets.token_hex(8) + "\n").encode())
+    text = path.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
+        raise ValueError(f"{path} does not hold a run id. Delete it to start a new W&B run.")
+    return text
+
+
+class WandbMonitor:
+    """Monitor on an open W&B run. A client error is a warning, told once per kind."""
+
+    def __init__(self, run: wandb.Run, run_dir: Path, logger: logging.Logger):
+        self.run: wandb.Run | None = run
+        self.run_dir, self.logger = run_dir, logger
+        self.told: set[str] = set()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of history."""
+        self._send(step, dict(values))
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A picture, copied into the W&B folder."""
+        import wandb
+
+        with self._tolerant("image"):
+            self._send(step, {name: wandb.Image(str(path))})
+
+    def decision(self, decision: Mapping[str, Any]) -> None:
+        """Score table, vote table, heat map of all checks so far, one series per block, and an alert."""
+        import wandb
+
+        if self.run is None:
+            return
+        with self._tolerant("decision"):
+            now = decision_of(decision)
+            earlier = decisions_of(read_json_lines(self.run_dir / "decisions.jsonl").rows)[0]
+            checks = [d for d in earlier if d.check < now.check] + [now]
+            values: dict[str, Any] = {"prune/decision": tables.sentence(now)}
+            for name, table in (("score/table", tables.score_table(now)), ("prune/vote", tables.vote_table(now))):
+                if table.rows:
+                    values[name] = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
+            for block, score in now.scores.get(now.scored_by, {}).items():
+                values[f"score/{now.scored_by}/block_{block:02d}"] = score.value
+            picture = plots.score_heat_map(checks, now.scored_by)
+            if picture is not None:
+                values["score/heat_map"] = wandb.Image(_open_picture(picture))
+            self._send(now.step, values)
+            self.run.alert(title=f"Pruning check {now.check}: depth {now.depth}"[:63], text=tables.sentence(now))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Final figures, nested names joined with "/"."""
+        with self._tolerant("summary"):
+            if self.run is not None:
+                self.run.summary.update(dict(_flat(values, "")))
+
+    def artifact(self, folder: Path, name: str, kind: str) -> None:
+        """Log a folder as an artifact; its files are referred to where they lie, not copied."""
+        import wandb
+
+        with self._tolerant("artifact"):
+            if self.run is not None:
+                artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:128], type=kind)
+                artifact.add_dir(str(folder), policy="immutable")
+                self.run.log_artifact(artifact)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run; waits at most FINISH_SECONDS for uploads."""
+        with self._tolerant("finish"):
+            run, self.run = self.run, None
+            if run is not None:
+                run.finish(exit_code=exit_code)
+
+    def _send(self, step: int, values: dict[str, Any]) -> None:
+        with self._tolerant("log"):
+            if self.run is not None:
+                self.run.log({"step": step, **values})
+
+    @contextmanager
+    def _tolerant(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # telemetry must not end a training run, whatever it raises
+            kind = f"{action}: {type(error).__name__}"
+            if kind not in self.told:
+                self.told.add(kind)
+                self.logger.warning("Weights & Biases %s failed (%s); training goes on.", action, _one_line(error))
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _open_picture(png: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png))
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

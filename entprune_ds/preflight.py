@@ -1,0 +1,118 @@
+"""Everything that can be known to be wrong before a process group or a GPU is touched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+
+from entprune_ds.config import Config, ConfigError, config_from_dict, problems_of, to_dict
+from entprune_ds.data.shards import Index, check_shards, load_index
+from entprune_ds.engine.ds_config import batch_plan, read_ds_config
+from entprune_ds.interop.safetensors import architecture_problems
+
+CHECKSUM_LIMIT = 2**30
+"""Shards up to this many bytes are verified whole before the start; larger ones when first opened."""
+
+FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample")
+FREE_KEYS = (
+    "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size", "model.weights",
+    "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.validate_every", "train.validation_draws",
+)  # fmt: skip
+
+
+def training_problems(config: Config) -> list[str]:
+    """Problems of a training run: values, DeepSpeed configuration, batch, shards, weights, run folder."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    found = problems_of(config)
+    if found:
+        return found
+    for check in (lambda: read_ds_config(config), lambda: batch_plan(config, world_size)):
+        try:
+            check()
+        except ValueError as error:
+            found.append(str(error))
+    prune = config.prune
+    if prune.target_depth is not None and prune.calibration_batch < world_size:
+        found.append(
+            f"`prune.calibration_batch` must be at least the number of ranks ({world_size}), got {prune.calibration_batch}."
+        )
+    if config.train.validation_draws < world_size:
+        found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
+    found += _data_problems(config)
+    if config.model.weights:
+        found += architecture_problems(config.model, Path(config.model.weights))
+    return found + _resume_problems(config)
+
+
+def validation_spec(config: Config) -> str:
+    """data.val_shards, or the folder `val` beside the training folder where that exists, or empty."""
+    beside = Path(config.data.shards).parent / "val"
+    return config.data.val_shards or (str(beside) if (beside / "index.json").is_file() else "")
+
+
+def _data_problems(config: Config) -> list[str]:
+    if not config.data.shards:
+        return [
+            "`data.shards` is empty. Give a folder written by `entprune-ds shards`, e.g. data.shards=data_digits/train."
+        ]
+    specs = {"data.shards": config.data.shards, "data.val_shards": validation_spec(config)}
+    found = []
+    for key, spec in specs.items():
+        if not spec:
+            continue
+        try:
+            index = load_index(spec)
+        except (ValueError, OSError) as error:
+            found.append(f"`{key}`: {error}")
+            continue
+        small = sum(s.bytes for s in index.shards) <= CHECKSUM_LIMIT
+        found += check_shards(index, checksums=small and os.environ.get("RANK", "0") == "0")
+        found += _fit_problems(config, index, key)
+    return found
+
+
+def _fit_problems(config: Config, index: Index, key: str) -> list[str]:
+    model, found = config.model, []
+    wanted = (model.in_channels, model.input_size, model.input_size)
+    if tuple(index.shape) != wanted:
+        message = (
+            f"`{key}`: {index.folder} holds examples of shape {list(index.shape)}, but the model takes {list(wanted)}. "
+        )
+        found.append(message + "Set model.in_channels and model.input_size, or choose other shards.")
+    if index.num_classes > model.num_classes:
+        message = (
+            f"`{key}`: {index.folder} has {index.num_classes} classes, but `model.num_classes` is {model.num_classes}."
+        )
+        found.append(message + " Raise it.")
+    if key == "data.shards" and len(index.shards) < config.data.num_readers:
+        message = f"`data.num_readers` ({config.data.num_readers}) is more than the {len(index.shards)} shards in {index.folder}."
+        found.append(message + " Lower it, or write smaller shards with data.shard_size.")
+    return found
+
+
+def _resume_problems(config: Config) -> list[str]:
+    """Differences from the config of an existing run folder that a resume cannot follow, both values listed."""
+    path = config.run_dir / "config.yaml"
+    if not path.is_file():
+        return []
+    try:
+        old = config_from_dict(yaml.safe_load(path.read_text()))
+    except (ConfigError, yaml.YAMLError) as error:
+        return [f"{path} cannot be read ({error}). Move the run folder away or choose another `run.name`."]
+    found, now, before = [], to_dict(config), to_dict(old)
+    for section, values in now.items():
+        for key, value in values.items():
+            name, was = f"{section}.{key}", before[section][key]
+            if value != was and section not in FREE_SECTIONS and name not in FREE_KEYS:
+                message = f"`{name}` is {value}, but {config.run_dir} was started with {was}. "
+                found.append(message + "Use that value, or choose another `run.name`.")
+    if config.train.num_steps < old.train.num_steps:
+        message = f"`train.num_steps` is {config.train.num_steps}, but {config.run_dir} was started with {old.train.num_steps}. "
+        found.append(message + "A resume may only raise it.")
+    elif config.train.num_steps > old.train.num_steps and config.prune.target_depth and config.prune.end_step is None:
+        message = f"`train.num_steps` was raised from {old.train.num_steps} to {config.train.num_steps}, which would move the "
+        found.append(message + f"pruning checks. Set prune.end_step={old.train.num_steps}.")
+    return found

@@ -1,0 +1,97 @@
+"""A decision is a value: frozen, JSON, with a digest; replaying decisions.jsonl gives the same model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from entprune_ds.config import digest as digest_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneDecision:
+    """What one check found and chose. Fields are plain values; a number that is not finite is stored as None."""
+
+    check: int
+    """Number of the check, from 0."""
+    step: int
+    """Optimizer steps done before the check."""
+    criterion: str
+    """Criterion that made the order."""
+    kept_before: tuple[int, ...]
+    """Present blocks before the check, sorted original indices."""
+    dropped: tuple[int, ...]
+    """Blocks that go."""
+    kept_blocks: tuple[int, ...]
+    """Blocks that stay."""
+    order: tuple[int, ...]
+    """All present blocks, first to go first."""
+    scores: dict[str, dict[str, dict[str, float | None]]]
+    """{criterion: {block: {"value", "standard_error"}}}."""
+    candidates: list[dict[str, Any]]
+    """The vote: depth, kept_blocks, ntk, zico_mean, zico_sum, ntk_rank, zico_rank, total of every candidate."""
+    chosen_depth: int
+    """Depth that won."""
+    forced: bool
+    """Whether keeping the current depth was not among the candidates."""
+    reason: str
+    """One sentence for people."""
+    score_only: bool
+    """Whether this is a record of what would be done: nothing was removed."""
+
+    def __post_init__(self) -> None:
+        for field in ("kept_before", "dropped", "kept_blocks", "order"):
+            object.__setattr__(self, field, tuple(int(b) for b in getattr(self, field)))
+        for field in ("scores", "candidates"):
+            object.__setattr__(self, field, _plain(getattr(self, field)))
+        before = list(self.kept_before)
+        if sorted(self.dropped + self.kept_blocks) != before or sorted(self.order) != before:
+            raise ValueError(
+                f"decision of check {self.check}: dropped {list(self.dropped)} and kept {list(self.kept_blocks)} "
+                f"blocks, and the order {list(self.order)}, must each make up the blocks before it, {before}."
+            )
+        if self.chosen_depth != len(self.kept_blocks):
+            raise ValueError(
+                f"decision of check {self.check}: chosen depth {self.chosen_depth} is not the number "
+                f"of kept blocks, {len(self.kept_blocks)}."
+            )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of all fields."""
+        return digest_of(_plain(asdict(self)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values of one line of decisions.jsonl, the digest last."""
+        return _plain(asdict(self)) | {"digest": self.digest}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> PruneDecision:
+        """The decision that `to_json` wrote.
+
+        Raises:
+            ValueError: when a field is missing, unknown or inconsistent, or the digest does not fit.
+        """
+        names = {field.name for field in fields(cls)}
+        wrong = sorted(set(values) ^ (names | {"digest"}))
+        if wrong:
+            raise ValueError(f"a decision has missing or unknown fields: {', '.join(wrong)}.")
+        decision = cls(**{name: values[name] for name in names})
+        if decision.digest != values["digest"]:
+            raise ValueError(
+                f"decision of check {values['check']} at step {values['step']} does not match its digest: "
+                "the record was changed. Restore decisions.jsonl from the checkpoint."
+            )
+        return decision
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: keys become text, tuples lists, NaN and infinities None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

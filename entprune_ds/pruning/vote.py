@@ -1,0 +1,89 @@
+"""The zero-shot vote: two training-free proxies rank the candidate depths and the rank sum decides (EntPruner)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+ROUNDING = 1e-12
+"""Relative difference below which two totals are the same number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One depth and its proxies; a proxy is None when it is invalid."""
+
+    depth: int
+    kept_blocks: tuple[int, ...]
+    ntk: float | None
+    """Condition number of the NTK; lower is better."""
+    zico_mean: float | None
+    """ZiCo, mean over layers; higher is better. This one votes."""
+    zico_sum: float | None
+    """ZiCo, sum over layers; for the record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedCandidate(Candidate):
+    """A candidate with its ranks (1 is best) and their weighted sum (lowest wins)."""
+
+    ntk_rank: int
+    zico_rank: int
+    total: float
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Outcome of a vote."""
+
+    chosen: RankedCandidate
+    candidates: tuple[RankedCandidate, ...]
+    """All candidates, deepest first."""
+
+    def as_json(self) -> list[dict]:
+        """Candidates as plain values, for PruneDecision.candidates."""
+        return [asdict(candidate) | {"kept_blocks": list(candidate.kept_blocks)} for candidate in self.candidates]
+
+
+def vote(candidates: Sequence[Candidate], weights: tuple[float, float], tolerance: float) -> Vote:
+    """Choose the candidate of the lowest weighted rank sum; a tie goes to the deeper candidate.
+
+    Args:
+        candidates: one or more, of different depths.
+        weights: of the NTK rank and of the ZiCo rank.
+        tolerance: relative difference from the best member of a group below which a proxy ties with it.
+
+    Raises:
+        ValueError: when there is no candidate or two have the same depth.
+    """
+    by_depth = sorted(candidates, key=lambda c: -c.depth)
+    if not by_depth or len({c.depth for c in by_depth}) < len(by_depth):
+        raise ValueError(f"a vote needs candidates of different depths, got {[c.depth for c in candidates]}.")
+    ntk_ranks = competition_ranks([None if c.ntk is None else -c.ntk for c in by_depth], tolerance)
+    zico_ranks = competition_ranks([c.zico_mean for c in by_depth], tolerance)
+    ranked = tuple(
+        RankedCandidate(**vars(c), ntk_rank=n, zico_rank=z, total=weights[0] * n + weights[1] * z)
+        for c, n, z in zip(by_depth, ntk_ranks, zico_ranks, strict=True)
+    )
+    lowest = min(c.total for c in ranked)
+    chosen = next(c for c in ranked if math.isclose(c.total, lowest, rel_tol=ROUNDING))
+    return Vote(chosen, ranked)
+
+
+def competition_ranks(values: Sequence[float | None], tolerance: float) -> list[int]:
+    """Ranks 1, 1, 3, ... of values of which higher is better.
+
+    A group of ties is anchored at its best member: it holds all within `tolerance` (relative) of that one, so
+    that a chain of small differences does not tie its ends. Invalid values (None, NaN, infinite) share the last
+    rank, behind all valid ones.
+    """
+    valid = sorted({v for v in values if v is not None and math.isfinite(v)}, reverse=True)
+    group_best: dict[float, float] = {}
+    anchor = valid[0] if valid else math.nan
+    for value in valid:
+        if anchor - value > tolerance * abs(anchor):
+            anchor = value
+        group_best[value] = anchor
+    anchors = [group_best[v] if v is not None and math.isfinite(v) else -math.inf for v in values]
+    return [1 + sum(other > mine for other in anchors) for mine in anchors]
