@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,9 +59,24 @@ def init(timeout_seconds: int) -> None:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+    prepare_environment()
     import deepspeed
 
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+
+
+def prepare_environment() -> None:
+    """Make DeepSpeed find what belongs to this Python environment, activated or not.
+
+    Compiled operators get a cache of their own: environments that share one stall for minutes. ninja, which
+    loads them, lies beside the interpreter.
+    """
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    programs = str(Path(sys.executable).parent)
+    if programs not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def shutdown() -> None:
@@ -68,8 +86,6 @@ def shutdown() -> None:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 import sys
 import tarfile
 from collections import Counter
@@ -17,7 +19,7 @@ from entprune_ds.cli import shards as shards_command
 from entprune_ds.data import builtin
 from entprune_ds.data.latents import decode_label, decode_latents, decode_meta, encode_example, encode_latents
 from entprune_ds.data.shards import ShardError, check_shards, load_index, resolve, write_shards
-from entprune_ds.data.stream import Stream, first_examples, merge_states, read_all
+from entprune_ds.data.stream import Stream, first_examples, merge_states, read_all, read_shard
 
 COUNT, SHARD_SIZE, READERS, BUFFER, BATCH = 250, 15, 4, 20, 8  # 17 shards, the last one of 10 examples
 SETTINGS = {"seed": 3, "num_readers": READERS, "shuffle_buffer": BUFFER, "global_batch_size": BATCH}
@@ -353,6 +355,14 @@ def test_a_tar_that_ends_within_a_member_names_it(tmp_path):
         drain(load_index(folder))
 
 
+def test_a_tar_with_more_examples_than_the_index_says_gives_none_of_them(index):
+    shard = dataclasses.replace(index.shards[2], count=14)
+    entries = []
+    with pytest.raises(ShardError, match=r"shard-000002.tar gives more than 14 examples"):
+        entries.extend(entry for entry in read_shard(index, shard))
+    assert len(entries) == 14
+
+
 # ---------------------------------------------------------------- naming shards
 
 
@@ -450,3 +460,13 @@ def test_command_lists_all_problems_and_writes_nothing(tmp_path, capsys):
     assert f"cannot write {tmp_path}/file" in capsys.readouterr().err
     assert shards_command.main([f"out={tmp_path}/new", "--dry-run"]) == 0 and not (tmp_path / "new").exists()
     assert shards_command.main(["--help"]) == 0 and "preset=digits out=data_digits" in capsys.readouterr().out
+
+
+def test_command_reports_a_full_disk_and_leaves_no_index(tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert shards_command.main([f"out={tmp_path}/d"]) == 2
+    assert "No space left on device. Make room" in capsys.readouterr().err
+    assert not any((tmp_path / "d" / "train").iterdir())

@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from entprune_ds import config as config_module
-from entprune_ds.config import PRESETS, Config
+from entprune_ds import config_schema
+from entprune_ds.config import PRESETS, Config, ConfigError
 
 GRAMMAR = """\
 Settings are `key=value` words, after an optional `preset=NAME` (or preset=FILE.yaml). Later words win.
@@ -40,8 +40,8 @@ def help_text(head: str, sections: list[str]) -> str:
 
 
 def _field_docs() -> dict[str, dict[str, str]]:
-    """{class: {field: the docstring under it}} of config.py."""
-    tree, docs = ast.parse(Path(config_module.__file__).read_text()), {}
+    """{class: {field: the docstring under it}} of config_schema.py."""
+    tree, docs = ast.parse(Path(config_schema.__file__).read_text()), {}
     for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         docs[cls.name] = {
             field.target.id: str(text.value.value)
@@ -67,3 +67,29 @@ def split_shortcuts(words: list[str], shortcuts: dict[str, str]) -> list[str]:
         key, equals, value = word.partition("=")
         full.append(f"{shortcuts[key]}={value}" if equals and key in shortcuts else word)
     return full
+
+
+def with_run(words: list[str], command: str) -> tuple[list[str], Path | None]:
+    """Expand `run=FOLDER` into the settings of that run: its config.yaml first, then its exported model.
+
+    Returns:
+        The expanded words, and the run folder or None.
+
+    Raises:
+        ConfigError: when the folder is not a run, or `preset=` is given as well.
+    """
+    runs = [w.removeprefix("run=") for w in words if w.startswith("run=")]
+    rest = [w for w in words if not w.startswith("run=")]
+    if not runs:
+        return rest, None
+    folder = Path(runs[-1])
+    problems = []
+    if not (folder / "config.yaml").is_file():
+        problems.append(
+            f"`run`: {folder} is not a run folder (config.yaml is missing). Give RUNS/NAME of a training run."
+        )
+    if any(w.startswith("preset=") for w in rest):
+        problems.append(f"`{command}` takes either run=FOLDER or preset=NAME, not both.")
+    if problems:
+        raise ConfigError(problems)
+    return [f"preset={folder / 'config.yaml'}", f"model.weights={folder / 'model'}", *rest], folder

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def ntk_gram(model: nn.Module, z_t: Tensor, t: Tensor, labels: Tensor, projection: Tensor) -> Tensor:
-    """Gram matrix (N,N) of per-sample gradients of <projection, output> with respect to ALL parameters of the blocks."""
+    """Gram matrix (N,N) of per-sample gradients of <projection, output> by ALL parameters of the blocks."""
     parameters = list(model.blocks.parameters())
     rows = []
     for i in range(len(z_t)):

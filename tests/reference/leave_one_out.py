@@ -1,4 +1,4 @@
-"""Leave-one-out scores by brute force: a full pass, then one pass per dropped block; moments from all outputs at once."""
+"""Leave-one-out scores by brute force: a full pass, then one per dropped block; moments from all outputs at once."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Apply(nn.Module):
 
 
 class ToyModel(nn.Module):
-    """Pixels are tokens, channels the width, embedding and head only reshape: the output is what the blocks make of z_t."""
+    """Pixels are tokens, channels the width; embed and head only reshape: the output is what the blocks make of z_t."""
 
     def __init__(self, *functions: Callable[[Tensor], Tensor], first_index: int = 0):
         super().__init__()

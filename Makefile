@@ -1,0 +1,38 @@
+# make demo   everything, from a bare clone: data, base model, pruning on 2 ranks, samples, figures, report
+# make test   the quick tests          make test-full   all matrices          make lint   ruff and mypy
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+
+.PHONY: install demo test test-full lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt tools/build_ops.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 >= 3.11 is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "error: a C++ compiler (g++) is needed to build DeepSpeed's communication op" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: python3's venv module is needed (Debian: apt install python3-venv)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python tools/build_ops.py
+	touch $@
+
+demo: install
+	$(BIN)/python tools/demo.py
+
+test: install lint
+	$(BIN)/python -m pytest -q -m "not full"
+
+test-full: install lint
+	$(BIN)/python tools/test_full.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs/demo runs/demo_base data_digits

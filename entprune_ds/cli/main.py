@@ -1,0 +1,35 @@
+"""`entprune-ds COMMAND ...`: one entry point for the commands that run in a single process."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "shards": "write a data set as WebDataset shards",
+    "train": "train and prune (one process; use the deepspeed launcher for several)",
+    "export": "write the newest checkpoint of a run as an ordinary model",
+    "sample": "draw samples of an exported model: PNG folder or npz, and a grid",
+    "evaluate": "FID, KID, class accuracy and latency, against a baseline",
+    "report": "build the self-contained report.html of a run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to a command; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: entprune-ds COMMAND [preset=NAME] [key=value ...] [--help]\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:10} {what}")
+        print("\nentprune-ds COMMAND --help shows its settings. Multi-process training:")
+        print("  deepspeed --num_gpus 2 --module entprune_ds.cli.train preset=digits data.shards=data_digits/train")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"error: `{words[0]}` is not a command. Choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"entprune_ds.cli.{words[0]}").main(words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""`entprune-ds sample`: draw samples of an exported model as a PNG folder or an npz, with a grid beside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help, with_run
+from entprune_ds.config import Config, ConfigError, load_config, problems_of
+
+HELP = """\
+Draw samples of an exported model: a folder of PNG files (or one .npz, arr_0 uint8 NHWC and arr_1 labels), a grid
+OUT_grid.png, and OUT_protocol.json with everything that the samples depend on.
+
+  entprune-ds sample run=runs/demo                                  settings and model of a run
+  entprune-ds sample weights=demo_model out=samples.npz sample.num_samples=1000 sample.cfg_scale=1.5
+"""
+SECTIONS = ["sample"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status (0 done, 2 refused)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(words):
+        print(help_text(HELP, SECTIONS))
+        return 0
+    try:
+        words, folder = with_run(split_shortcuts(words, {"out": "sample.out", "weights": "model.weights"}), "sample")
+        config = load_config(words, check=_problems)
+        out = Path(config.sample.out or (folder / "samples" / "final.npz" if folder else "samples.npz"))
+        images, labels, protocol = draw(config, Path(config.model.weights))
+        save(images, labels, protocol, out, config.sample.grid)
+    except ConfigError as error:
+        return refuse(error.problems)
+    except (ValueError, OSError) as error:
+        return refuse([str(error)])
+    print(f"{len(images)} samples of depth {protocol['depth']}: {out}, {grid_path(out)}")
+    return 0
+
+
+def _problems(config: Config) -> list[str]:
+    found = problems_of(config)
+    if not config.model.weights:
+        found.append("`model.weights` is missing: give an exported model, weights=DIR or run=RUNS/NAME.")
+    return found
+
+
+def draw(config: Config, weights: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Samples of an exported model.
+
+    Returns:
+        images uint8 (N,H,W,C), labels i64 (N,), and the protocol as plain values.
+
+    Raises:
+        ValueError: when the export cannot be read.
+    """
+    import torch
+
+    from entprune_ds import comm
+    from entprune_ds.diffusion.guidance import with_guidance
+    from entprune_ds.diffusion.samplers import SAMPLERS
+    from entprune_ds.evaluation.generate import generate, make_labels
+    from entprune_ds.interop.safetensors import load_model
+    from entprune_ds.logs import progress
+
+    sample = config.sample
+    model, facts = load_model(weights)
+    architecture = facts["model"]
+    model.to(comm.device())
+    velocity = with_guidance(model, sample.cfg_scale, architecture["num_classes"])
+    labels = make_labels(sample.labels, sample.num_samples, architecture["num_classes"], sample.seed)
+    side = architecture["input_size"]
+    with progress("sample", total=sample.num_samples) as line:
+        images = generate(
+            lambda noise, y: SAMPLERS[sample.sampler](velocity, noise, y, sample.num_steps), labels.to(comm.device()),
+            shape=(architecture["in_channels"], side, side), seed=sample.seed, batch_size=sample.batch_size,
+            on_batch=line.update,
+        )  # fmt: skip
+    protocol = {
+        "num_samples": sample.num_samples, "sampler": sample.sampler, "num_steps": sample.num_steps,
+        "cfg_scale": sample.cfg_scale, "labels": sample.labels, "seed": sample.seed, "weights": facts["weights"],
+        "vae": "none (pixels)", "tf32": bool(torch.backends.cuda.matmul.allow_tf32), "depth": len(facts["kept_blocks"]),
+        "kept_blocks": facts["kept_blocks"], "step": facts["step"], "model": str(weights),
+    }  # fmt: skip
+    return images, labels.numpy(), protocol
+
+
+def grid_path(out: Path) -> Path:
+    """Where the PNG grid of an output lies."""
+    return out.with_name(f"{out.stem}_grid.png")
+
+
+def protocol_path(out: Path) -> Path:
+    """Where the protocol of an output lies."""
+    return out.with_name(f"{out.stem}_protocol.json")
+
+
+def save(images: np.ndarray, labels: np.ndarray, protocol: dict[str, Any], out: Path, grid: int) -> None:
+    """Write the samples, their grid (as many per class as possible) and their protocol."""
+    from entprune_ds.evaluation.images import save_folder, save_grid, save_npz
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (save_npz if out.suffix == ".npz" else save_folder)(images, labels, out)
+    if images.shape[3] in (1, 3):
+        save_grid(images[by_class(labels)[:grid]], grid_path(out))
+    protocol_path(out).write_text(json.dumps(protocol, indent=2))
+
+
+def by_class(labels: np.ndarray) -> np.ndarray:
+    """Indices that go through the classes in turn: first of each class, second of each class, ..."""
+    turn = np.zeros(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        turn[labels == label] = np.arange((labels == label).sum())
+    return np.lexsort((labels, turn))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""`make demo`: the whole job on real digits with the commands of the README, timed phase by phase.
+
+Writes runs/demo/summary.json and runs/demo/report.html. Each phase is resumable: an interrupted demo goes on
+where it stopped when it is started again; --fresh starts over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+BIN = Path(sys.executable).parent
+BASE, RUN, DATA = "runs/demo_base", "runs/demo", "data_digits"
+BUDGET = 600
+
+
+def phases(num_ranks: int, extra: list[str]) -> list[tuple[str, int, list[str], Path]]:
+    """(name, budget in seconds, command, file that is there when it is done)."""
+    entprune = str(BIN / "entprune-ds")
+    launch = [str(BIN / "deepspeed"), "--num_gpus", str(num_ranks), "--module", "entprune_ds.cli.train"]
+    shards = f"data.shards={DATA}/train"
+    sample = [entprune, "sample"]
+    evaluate = [
+        entprune, "evaluate", f"run={RUN}", f"evaluate.baseline={BASE}/model",
+        f"evaluate.samples={RUN}/samples/final.npz", f"evaluate.baseline_samples={RUN}/samples/base_final.npz",
+    ]  # fmt: skip
+    return [
+        ("shards", 15, [entprune, "shards", "preset=digits", f"out={DATA}"], Path(DATA, "val", "index.json")),
+        ("base model", 330, [*launch, "preset=digits", shards, "run.name=demo_base", *extra], Path(BASE, "model", "config.json")),
+        ("prune 8 -> 4", 170, [*launch, "preset=digits_prune", shards, "run.name=demo", f"model.weights={BASE}/model", *extra],
+         Path(RUN, "model", "config.json")),
+        ("samples, base", 20, [*sample, f"run={BASE}", f"out={RUN}/samples/base_final.npz"], Path(RUN, "samples", "base_final.npz")),
+        ("samples, pruned", 15, [*sample, f"run={RUN}"], Path(RUN, "samples", "final.npz")),
+        ("evaluate", 40, evaluate, Path(RUN, "evaluation.json")),
+        ("report", 10, [entprune, "report", RUN], Path(RUN, "report.html")),
+    ]  # fmt: skip
+
+
+def main() -> int:
+    """Run every phase that is not done yet; returns the exit status of the first that fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="delete the results of an earlier demo first")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of the training (default 2)")
+    parser.add_argument("settings", nargs="*", help="key=value settings passed to both trainings")
+    options = parser.parse_args()
+    if options.fresh:
+        for folder in (BASE, RUN, DATA):
+            shutil.rmtree(folder, ignore_errors=True)
+    times_file, times = Path(RUN, "phases.json"), {}
+    if times_file.is_file():
+        times = json.loads(times_file.read_text())
+    for name, budget, command, done in phases(options.ranks, options.settings):
+        if done.is_file():
+            print(f"== {name}: done before ({done})", flush=True)
+            continue
+        print(f"== {name} (budget {budget} s): {' '.join(Path(command[0]).name if i == 0 else w for i, w in enumerate(command))}", flush=True)
+        start = time.monotonic()
+        status = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+        if status:
+            print(f"error: phase `{name}` ended with status {status}; `make demo` again goes on from here.", file=sys.stderr)
+            return status
+        times[name] = time.monotonic() - start
+        print(f"== {name}: {times[name]:.1f} s of {budget} s", flush=True)
+        times_file.parent.mkdir(parents=True, exist_ok=True)
+        times_file.write_text(json.dumps(times))
+    summary = summarize(times)
+    Path(RUN, "summary.json").write_text(json.dumps(summary, indent=2))
+    subprocess.run([str(BIN / "entprune-ds"), "report", RUN], check=True, stdout=subprocess.DEVNULL)
+    show(times, options.ranks)
+    return 0
+
+
+def summarize(times: dict[str, float]) -> dict[str, Any]:
+    """summary.json: what was measured, from evaluation.json, metrics.jsonl and the phase times."""
+    figures = json.loads(Path(RUN, "evaluation.json").read_text())
+    metrics = [json.loads(line) for line in Path(RUN, "metrics.jsonl").read_text().splitlines()]
+
+    def last_by_step(name: str) -> list[float]:
+        return list({m["step"]: m[name] for m in metrics if name in m}.values())
+
+    resize, score = last_by_step("prune/resize_seconds"), last_by_step("prune/score_seconds")
+    vote = last_by_step("prune/vote_seconds")
+    return {
+        "base": figures["base"], "pruned": figures["pruned"], "speedup": figures["speedup"],
+        "resizes": len(resize), "resize_seconds": resize, "score_seconds": [s + v for s, v in zip(score, vote, strict=True)],
+        "phase_seconds": times, "total_seconds": sum(times.values()), "protocol": figures["protocol"],
+    }  # fmt: skip
+
+
+def show(times: dict[str, float], num_ranks: int) -> None:
+    """The closing tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from entprune_ds.cli.evaluate import show as show_figures
+
+    table = Table(title="time")
+    for column in ("phase", "seconds", "budget"):
+        table.add_column(column, justify="right" if column != "phase" else "left")
+    for name, budget, _, _ in phases(num_ranks, []):
+        table.add_row(name, f"{times.get(name, 0):.1f}", str(budget))
+    table.add_row("total", f"{sum(times.values()):.1f}", str(BUDGET))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    show_figures(json.loads(Path(RUN, "evaluation.json").read_text()))
+    console.print(f"summary: {RUN}/summary.json\nreport:  {Path(RUN, 'report.html').resolve()}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
