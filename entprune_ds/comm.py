@@ -45,14 +45,17 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init(timeout_seconds: int) -> None:
+def init(timeout_seconds: int) -> bool:
     """Join the process group of the launcher (deepspeed, torchrun), or make one of a single rank.
 
     Args:
         timeout_seconds: longest wait in a collective; afterwards the job ends with an error.
+
+    Returns:
+        Whether this call joined it; False when the process was in it already.
     """
     if dist.is_initialized():
-        return
+        return False
     if "RANK" not in os.environ:  # plain `python`: a normal run of one rank
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
@@ -63,6 +66,7 @@ def init(timeout_seconds: int) -> None:
     import deepspeed
 
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    return True
 
 
 def prepare_environment() -> None:

@@ -28,8 +28,8 @@ from entprune_ds.rng import generator_for
 Examples = Callable[[str, int], tuple[Tensor, Tensor]]
 """examples(purpose, count) -> latents (count,C,H,W), labels (count,): the next ones of a purpose, equal on all ranks."""
 
-STACK_LIMIT = 4096
-"""Examples (variants x draws) that one block evaluation of the sweep takes at once; bounds its memory."""
+STACK_LIMIT = {"cpu": 256, "cuda": 4096}
+"""Examples (variants x draws) that one block evaluation of the sweep takes at once: bounds its memory, fits the caches."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def run_check(
     )  # fmt: skip
     swept = time.perf_counter()
     cap = prune.max_blocks_per_check or default_cap(original_depth, target, prune.num_checks)
+    if prune.score_only:  # nothing goes, so the last checks would be out of reach of any cap
+        cap = max(cap, len(kept_blocks) - target)
     depths = candidate_depths(len(kept_blocks), target, cap, prune.num_checks - check)
     draws = proxy_draws(prune, seed, check, examples)
     keep_sets = [tuple(blocks_at_depth(kept_blocks, order, depth)) for depth in depths]
@@ -90,7 +92,7 @@ def sweep_scores(
         latents, labels = examples("calibration", prune.calibration_batch)
         slots = range(group * prune.calibration_batch, (group + 1) * prune.calibration_batch)
         mine = _my_part(make_draws(latents, labels, slots, seed=seed, purpose="calibration", step=check))
-        outputs = leave_one_out(parts, kept_blocks, mine.z_t, mine.t, mine.labels, chunk=STACK_LIMIT)
+        outputs = leave_one_out(parts, kept_blocks, mine.z_t, mine.t, mine.labels, chunk=STACK_LIMIT[comm.device().type])
         if statistics is None:
             statistics = SweepStatistics(kept_blocks, groups, tuple(outputs.shape[2:]), outputs.device)
         statistics.update(group, outputs, mine.target, loss_per_example)

@@ -66,6 +66,8 @@ class Run:
     """Monotonic seconds at the last throughput measurement."""
     saved: int = -1
     """Step of the newest checkpoint."""
+    validated: tuple[int, int] = (-1, -1)
+    """Step and depth of the newest validation."""
 
     @property
     def folder(self) -> Path:
@@ -82,7 +84,7 @@ def train(config: Config, arguments: list[str]) -> None:
     """
     raise_on_signals()
     with explained(config.run_dir):
-        comm.init(config.run.timeout_seconds)
+        joined = comm.init(config.run.timeout_seconds)
         with locked_run_folder(config.run_dir):
             run = open_run(config, arguments)
             try:
@@ -91,7 +93,8 @@ def train(config: Config, arguments: list[str]) -> None:
             except BaseException:
                 run.monitor.finish(exit_code=1)
                 raise
-        comm.shutdown()
+        if joined:
+            comm.shutdown()
 
 
 def loop(run: Run) -> None:
@@ -236,8 +239,9 @@ def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
 
 def validate(run: Run) -> None:
     """Validation loss of the raw and the EMA weights on fixed draws."""
-    if run.validation is None:
+    if run.validation is None or run.validated == (run.step, run.engine.depth):
         return
+    run.validated = (run.step, run.engine.depth)
     values = {
         f"train/validation_loss{suffix}": validation_loss(ShardedView(run.engine, key), run.validation)
         for key, suffix in (("weight", ""), ("ema", "_ema"))

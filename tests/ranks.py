@@ -66,7 +66,7 @@ def run_ranks(target: str, world_size: int, timeout: float = 240, **arguments: A
         try:
             codes = [p.wait(timeout) for p in processes]
         except subprocess.TimeoutExpired:
-            codes = [p.poll() for p in processes]
+            codes = [-1 if p.poll() is None else p.poll() for p in processes]
         finally:
             for p in processes:
                 if p.poll() is None:

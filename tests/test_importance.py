@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from entprune_ds import config
+from entprune_ds import config_checks
 from entprune_ds.importance import entropy, ntk, zico
 from entprune_ds.importance.criteria import CRITERIA, CRITERIA_NEED_SWEEP, removal_order
 from entprune_ds.importance.moments import Moments, merge, moments_of, zero_moments
@@ -96,7 +96,7 @@ def test_sweep_equals_brute_force_leave_one_out(chunk):
 def test_sweep_of_28_blocks_evaluates_406_and_obtains_each_once():
     parts = CountingParts(ToyModel(*[lambda x: x + 1] * 28))
     leave_one_out(parts, list(range(28)), normal(3, 1, 2, 2), normal(3), torch.zeros(3, dtype=torch.int64), chunk=10)
-    assert parts.samples == 406 * 3
+    assert parts.samples == 406 * 3 and parts.largest_call == 10
     assert parts.requests == list(range(28))
 
 
@@ -114,6 +114,18 @@ def test_single_precision_scores_move_little_with_the_micro_batch():
     for b in kept:
         allowed = 1e-6 * scores[0]["ced_abs"][b].value + 1e-6 * 16
         assert abs(scores[0]["ced"][b].value - scores[1]["ced"][b].value) <= allowed
+
+
+def test_a_rank_without_draws_of_a_batch_adds_nothing():
+    model, kept = random_dit(depth=2), [0, 1]
+    z_t, t, labels, target = draws(model, 0)
+    statistics = SweepStatistics(kept, 2, (1, 4, 4), torch.device("cpu"))
+    for chunk in (None, 5):
+        outputs = leave_one_out(ModuleParts(model), kept, z_t, t, labels, chunk)
+        assert outputs.shape == (3, 0, 1, 4, 4)
+        statistics.update(1, outputs, target, mean_squared)
+    with pytest.raises(ValueError, match=r"batches \[0, 1\] have no draws"):
+        statistics.reduce()
 
 
 def test_scores_and_standard_errors_equal_brute_force():
@@ -260,7 +272,7 @@ def test_explicit_order_skips_what_is_gone_and_ends_with_what_is_not_listed():
 
 
 def test_table_of_criteria_is_that_of_the_config():
-    assert tuple(CRITERIA) == config.CRITERIA
+    assert tuple(CRITERIA) == config_checks.CRITERIA
     assert {"ced", "ced_abs", "loss"} == CRITERIA_NEED_SWEEP
     with pytest.raises(ValueError, match=r"criterion `speed` is not known"):
         removal_order("speed", {}, [0], target_depth=1)
@@ -286,10 +298,10 @@ def test_walk_sees_exactly_the_linear_layers_of_every_block_from_last_to_first()
 
 
 def test_ntk_gram_equals_per_sample_autograd():
-    model = random_dit(kept_blocks=(1, 10, 11), depth=12)
+    model = random_dit(kept_blocks=(1, 2, 10), depth=12)
     z_t, t, labels, _ = draws(model, 5)
     vector = projection(0, (1, 4, 4))
-    gram = ntk_gram(ModuleParts(model), [1, 10, 11], z_t, t, labels, lambda p: vector.expand_as(p))
+    gram = ntk_gram(ModuleParts(model), [1, 2, 10], z_t, t, labels, lambda p: vector.expand_as(p))
     assert difference(gram, gradients.ntk_gram(model, z_t, t, labels, vector)) <= 1e-12
 
 

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from entprune_ds.monitor import metrics, numbers, plots, style, tables, wandb_ru
 from entprune_ds.monitor.interface import NullMonitor
 from entprune_ds.monitor.records import decision_of, decisions_of, series
 from entprune_ds.monitor.report import build_report
+from entprune_ds.monitor.run_folder import read_run_folder
 
-HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $x^ \ud800"
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $x^$ \ud800"
 PLAIN = Config(monitor=MonitorConfig(wandb=False))
 
 
@@ -45,7 +47,8 @@ def decision_row(
             dict(candidate, depth=len(kept), ntk=None, ntk_rank=2, total=3.0),
             dict(candidate, depth=len(after), ntk=12.5, ntk_rank=1, total=2.0),
         ],
-        "chosen_depth": len(after), "forced": False, "reason": "lowest rank sum", "score_only": False, "digest": "ab" * 32,
+        "chosen_depth": len(after), "forced": False, "reason": "lowest rank sum", "score_only": False,
+        "digest": "ab" * 32,
     } | more  # fmt: skip
 
 
@@ -68,7 +71,7 @@ def write_run(folder: Path, decisions: list[dict] | None = None, text: str = "pl
         text: text,
     }
     evaluation = {
-        "base": figures | {"latency_ms": {"1": 2.0, "64": 80.0}},
+        "base": figures | {text: text, "latency_ms": {"1": 2.0, "64": 80.0}},
         "pruned": figures | {"depth": 2, "parameters": 617283, "fid": 7.875, "latency_ms": {"1": 1.1, "64": 41.0}},
         "speedup": {"1": 1.818, "64": 1.951},
         "protocol": {"num_samples": 1797, "tf32": False, "vae": None, text: text},
@@ -173,6 +176,8 @@ def test_rewinding_moves_later_lines_aside_and_drops_a_half_line(tmp_path):
     assert [row["step"] for row in lines(aside)] == [6, 7, 5, 5]
     before = path.stat().st_ino
     assert metrics.rewind_metrics(tmp_path, 4) == 0 and path.stat().st_ino == before
+    path.write_bytes(b'{"step": 4}\n{"st')
+    assert metrics.rewind_metrics(tmp_path, 4) == 0 and path.read_bytes() == b'{"step": 4}\n'
 
 
 def test_a_kill_while_rewinding_loses_no_line(tmp_path, monkeypatch):
@@ -232,40 +237,58 @@ def history(records: list) -> list[dict]:
 
 
 def test_resumes_continue_one_offline_run_and_its_file_holds_the_history(wandb_home, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_API_KEY", "5e" * 20)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run_dir = write_run(wandb_home / "run")
+    checks = [decision_row(), decision_row(check=1, step=3)]
+    run_dir = write_run(wandb_home / "run", checks)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (
+        ["init"],
+        ["commit", "--allow-empty", "-m", "a"],
+        ["remote", "add", "origin", "https://u:t0ken@a.org/b"],
+    ):
+        subprocess.run([*git, *words], cwd=wandb_home, check=True, capture_output=True)
+    monkeypatch.chdir(wandb_home)
     ids = set()
     for start in (0, 1, 2):  # steps 1 and 2 are repeated by the resumes
         monitor = metrics.open_monitor(Config(), run_dir, enabled=True)
+        assert monitor.client.run.settings.resume == "allow"
         ids.add((run_dir / "wandb_id.txt").read_text().strip())
         for step in (start, start + 1):
             monitor.log(step, {"train/loss": 10.0 + step})
         if start == 2:
-            monitor.decision(decision_row(check=1, step=3, criterion="ced_abs"))
+            monitor.decision(checks[1])
             monitor.image(3, "samples/final", run_dir / "samples" / "final.png")
             monitor.image(3, "samples/lost", run_dir / "samples" / "lost.png")
             monitor.summary({"pruned": {"fid": 7.875}})
             monitor.artifact(run_dir / "samples", "the model!", "model")
         monitor.finish()
-    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns)
+    wandb.teardown()  # as at the end of a process: the client's service finishes its files
+    files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert len(ids) == 1 and [f.name for f in files] == [f"run-{next(iter(ids))}.wandb"] * 3
     found = [wandb_records(f) for f in files]
     logged = [[(row["step"], row["train/loss"]) for row in history(r) if "train/loss" in row] for r in found]
     assert logged == [[(0, 10.0), (1, 11.0)], [(1, 11.0), (2, 12.0)], [(2, 12.0), (3, 13.0)]]
     last = {key: value for row in history(found[2]) for key, value in row.items()}
-    assert last["score/table"]["_type"] == "table-file" and last["score/table"]["nrows"] == 4
-    assert last["prune/vote"]["nrows"] == 2 and last["score/heat_map"]["_type"] == "image-file"
-    assert last["score/ced_abs/block_01"] == 0.1 and last["samples/final"]["_type"] == "image-file"
-    assert "removed blocks 1 and 2" in last["prune/decision"] and "samples/lost" not in last
+    assert last["score/table/_type"] == "table-file" and last["score/table/nrows"] == 4
+    assert last["prune/vote/nrows"] == 2 and last["score/heat_map/_type"] == "image-file"
+    assert last["score/ced/block_01"] == 0.1 and last["samples/final/_type"] == "image-file"
+    assert "removed blocks 1 and 2" in last["prune/decision"] and "samples/lost/_type" not in last
+    both_checks = picture(plots.score_heat_map(decisions_of(checks)[0], "ced"))
+    assert (last["score/heat_map/height"], last["score/heat_map/width"]) == both_checks.shape[:2]
+    artifacts = [r.artifact for r in found[2] if r.WhichOneof("record_type") == "artifact"]
+    assert [a.name for a in artifacts if a.type == "model"] == ["the_model_"]
+    assert json.loads((files[2].parent / "files" / last["score/table/path"]).read_text())["data"][1][3:5] == [0.1, 0.01]
     alerts = [r.alert.title for r in found[2] if r.WhichOneof("record_type") == "alert"]
     assert alerts == ["Pruning check 1: depth 2"]
     axes = [r.metric for r in found[0] if r.WhichOneof("record_type") == "metric"]
     assert any(m.glob_name == "*" and m.step_metric == "step" for m in axes)
     (run,) = [r.run for r in found[0] if r.WhichOneof("record_type") == "run"]
     assert run.run_id in ids and run.project == "entprune_ds"
-    written = [p for p in wandb_home.rglob("*") if p.is_file()]
-    assert not [p for p in written if b"5e" * 20 in p.read_bytes()]  # the key is in no file
+    written = [p.read_bytes() for p in wandb_home.rglob("*") if p.is_file() and ".git" not in p.parts]
+    assert not [data for data in written if b"5e" * 20 in data or b"t0ken" in data]  # no secret in any file
 
 
 def test_without_credentials_the_run_is_offline_and_with_an_unreachable_server_too(wandb_home, monkeypatch, caplog):
@@ -334,13 +357,14 @@ def picture(png: bytes | None) -> np.ndarray:
 
 def test_figures_are_pictures_with_something_on_them():
     row = [{"step": s, "train/loss": math.exp(-s / 300) + 1e-3, "train/depth": 4} for s in range(5000)]
-    decisions = [decision_of(decision_row(criterion=HOSTILE)), decision_of(decision_row(1, 80, (0, 3), (), HOSTILE))]
+    name = "$x^$ \ud800\0\n"
+    decisions = [decision_of(decision_row(criterion=name)), decision_of(decision_row(1, 80, (0, 3), (), name))]
     evaluation = {"base": {"fid": 1.0, "latency_ms": {"1": 2.0}}, "pruned": {"latency_ms": {"1": 1.0, "64": 3.0}}}
     drawn = [
         picture(plots.loss_curves(row, decisions)),
         picture(plots.depth_over_time(decisions, row)),
         picture(plots.depth_over_time([], row)),
-        picture(plots.score_heat_map(decisions, HOSTILE)),
+        picture(plots.score_heat_map(decisions, name)),
         picture(plots.vote(decisions[0])),
         picture(plots.comparison(evaluation)),
     ]
@@ -366,10 +390,10 @@ def test_scores_are_standardised_within_a_check_and_gaps_stay_gaps():
     assert steps == [0.5, 2.5] and values[0] == 2.0 and math.isnan(values[1])
 
 
-def test_a_series_is_sorted_takes_the_later_line_and_keeps_null_as_a_gap():
-    rows = [{"step": 5, "a": 1.0}, {"step": 3, "a": None}, {"step": 5, "a": 2}, {"step": "x", "a": 1}, {"step": 4}]
+def test_a_series_is_sorted_keeps_both_sides_of_a_removal_and_null_as_a_gap():
+    rows = [{"step": 5, "a": 3.0}, {"step": 3, "a": None}, {"step": 5, "a": 2}, {"step": "x", "a": 1}, {"step": 4}]
     steps, values = series(rows, "a")
-    assert steps == [3, 5] and math.isnan(values[0]) and values[1] == 2.0
+    assert steps == [3, 5, 5] and math.isnan(values[0]) and values[1:] == [3.0, 2.0]
 
 
 def test_tables_say_what_the_scores_tell():
@@ -416,7 +440,8 @@ def test_the_report_shows_what_was_measured_and_how_to_reproduce_it(tmp_path):
     page = Page(build_report(write_run(tmp_path / "demo", rows)))
     for words in (
         "demo", "4 → 2", "50.0 % of the blocks removed", "1.23 M → 617 k", "5.12 → 7.88", "80 → 41", "1.95 ×",
-        "Before: base_final.png", "After: final.png", "Check 0, step 50: depth 4 → 2", "Removed blocks 1 and 2. Lowest rank sum",
+        "Before: base_final.png", "After: final.png", "Check 0, step 50: depth 4 → 2",
+        "Removed blocks 1 and 2. Lowest rank sum",
         "2, chosen", "12.50", "invalid", "forced", "num_samples", "1797", "python -m train run.name=plain", "0123abcd",
         "versions.torch", "0.100 ± 0.010", "Kendall",
     ):  # fmt: skip
@@ -426,25 +451,40 @@ def test_the_report_shows_what_was_measured_and_how_to_reproduce_it(tmp_path):
     assert page.tags.count("img") == 4 + 2 + 1 + 2 + 1  # samples, training, heat map, votes, comparison
 
 
-def test_the_report_is_one_file_without_requests_or_scripts(tmp_path):
-    page = Page(build_report(write_run(tmp_path / "demo")))
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> Path:
+    """The report of a run with nothing special about it."""
+    return build_report(write_run(tmp_path_factory.mktemp("calm") / "demo"))
+
+
+def test_pictures_are_in_the_order_of_the_run(tmp_path):
+    names = ["step_2_before", "step_2_after", "step_10_before", "step_10_after", "final"]
+    folder = write_run(tmp_path / "demo")
+    for path in (folder / "samples").iterdir():
+        path.unlink()
+    for name in sorted(names):
+        (folder / "samples" / f"{name}.png").touch()
+    assert [path.stem for path in read_run_folder(folder).samples] == names
+
+
+def test_the_report_is_one_file_without_requests_or_scripts(calm):
+    page = Page(calm)
     linked = [
         value for key, value in page.attributes if key in ("src", "href", "srcset", "action", "data", "xlink:href")
     ]
     assert linked and all(value.startswith("data:image/png;base64,") for value in linked)
     assert not {"script", "link", "iframe", "object", "embed", "form", "base"} & set(page.tags)
-    text = (tmp_path / "demo" / "report.html").read_text()
+    text = calm.read_text()
     assert "url(" not in text and "@import" not in text and "default-src 'none'" in text
 
 
-def test_hostile_strings_stay_text_everywhere(tmp_path):
+def test_hostile_strings_stay_text_everywhere(tmp_path, calm):
     hostile = decision_row(criterion=HOSTILE, reason=HOSTILE, digest=HOSTILE)
     hostile["scores"][HOSTILE + "2"] = hostile["scores"]["loss"]
     folder = write_run(tmp_path / HOSTILE.replace("/", "").replace("\ud800", ""), [hostile], text=HOSTILE)
-    calm = Page(build_report(write_run(tmp_path / "calm")))
-    page = Page(build_report(folder))
-    assert set(page.tags) == set(calm.tags)  # nothing that the data says becomes an element
-    assert {k for k, _ in page.attributes} == {k for k, _ in calm.attributes}
+    page, expected = Page(build_report(folder)), Page(calm)
+    assert set(page.tags) == set(expected.tags)  # nothing that the data says becomes an element
+    assert {k for k, _ in page.attributes} == {k for k, _ in expected.attributes}
     shown = HOSTILE.replace("\ud800", "?")
     assert page.text.count(shown) >= 10
     assert page.text.count("step_2_<script>") == 1
@@ -452,10 +492,11 @@ def test_hostile_strings_stay_text_everywhere(tmp_path):
 
 def test_values_that_were_not_measured_do_not_appear(tmp_path):
     folder = write_run(tmp_path / "demo")
-    (folder / "evaluation.json").write_text(json.dumps({"pruned": {"depth": 2, "fid": 7.875, "kid": None}}))
+    measured = {"depth": 2, "fid": 7.875, "kid": None, "latency_ms": {"1": 1.5}}
+    (folder / "evaluation.json").write_text(json.dumps({"pruned": measured}))
     page = Page(build_report(folder))
-    assert "7.88" in page.text
-    for words in ("Speed-up", "speed-up", "Latency", "KID", "Class accuracy", "base", "nan", "None"):
+    assert "7.88" in page.text and "1.50" in page.text
+    for words in ("Speed-up", "speed-up", "KID", "Class accuracy", "base", "nan", "None"):
         assert words not in page.text.replace("base_final", ""), words
 
 

@@ -12,7 +12,11 @@ FULL = pytest.mark.full
 MATRIX = [
     pytest.param(1, 2, "fp32", [[0, 2]]),
     pytest.param(3, 2, "fp32", [[1, 2, 3], [1, 2]]),  # twice in a row; first and last block
-    *(pytest.param(stage, world, "fp32", [[0, 1, 2], [1, 2]], marks=FULL) for stage in (0, 1, 2, 3) for world in (1, 2)),
+    *(
+        pytest.param(stage, world, "fp32", [[0, 1, 2], [1, 2]], marks=FULL)
+        for stage in (0, 1, 2, 3)
+        for world in (1, 2)
+    ),
     *(pytest.param(stage, 2, "bf16", [[0, 1, 2], [0, 1]], marks=FULL) for stage in (1, 2, 3)),
     *(pytest.param(stage, 4, "fp32", [[0, 3]], marks=FULL) for stage in (1, 3)),
 ]

@@ -1,8 +1,8 @@
 """The built-in feature extractor of 8x8 digits: a small CNN trained in seconds on the training split.
 
-It stands where Inception stands for photographs: FID and KID are computed in its features, class accuracy with its
-logits. Training runs on one CPU thread with local generators, so it is deterministic and leaves the global random
-state untouched; the figures of two machines agree as far as their CPU kernels round alike.
+It stands where Inception stands for photographs: FID and KID use its features, class accuracy its logits. Training runs
+on one CPU thread with local generators: deterministic, and the global random state stays untouched. Two machines agree
+as far as their CPU kernels round alike.
 """
 
 from __future__ import annotations
@@ -137,11 +137,10 @@ def load_or_train(
 
     The file name holds a digest of training data, seed and recipe. A damaged file is reported and replaced.
     """
-    data = hashlib.sha256(train_images.tobytes() + train_labels.astype(np.int64).tobytes()).hexdigest()
-    key = digest(dict(data=data, seed=seed, recipe=asdict(RECIPE)))
+    data = train_images.tobytes() + train_labels.astype(np.int64).tobytes()
+    key = digest(dict(data=hashlib.sha256(data).hexdigest(), seed=seed, recipe=asdict(RECIPE)))
     path = Path(cache) / f"digits_cnn64_{key[:16]}.safetensors"
-    net = _load(path) if path.is_file() else None
-    if net is not None:
+    if path.is_file() and (net := _load(path)) is not None:
         return _measured(net, val_images, val_labels, seed)
     extractor = train_digit_extractor(train_images, train_labels, val_images, val_labels, seed)
     content = save(extractor.net.state_dict(), {"weights": weights_digest(extractor.net)})
@@ -235,8 +234,7 @@ def _load(path: Path) -> DigitNet | None:
 
 def _check(images: np.ndarray, name: str, labels: np.ndarray | None = None) -> None:
     if images.dtype != np.uint8 or images.shape[1:] != SHAPE or len(images) == 0:
-        got = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"{name} must be uint8 digits (N,{','.join(map(str, SHAPE))}), got {got}.")
+        raise ValueError(f"{name} must be digits, uint8 (N,8,8,1), got {images.dtype} {tuple(images.shape)}.")
     if labels is not None and (labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer)):
         raise ValueError(f"{name} needs {len(images)} integer labels, got {labels.dtype} {tuple(labels.shape)}.")
     if labels is not None and (labels.min() < 0 or labels.max() >= CLASSES):

@@ -77,7 +77,7 @@ def generate(
     if len(slots) != len(labels):
         raise ValueError(f"slots must name one index per label ({len(labels)}), got {len(slots)}.")
     batches = []
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: weights that ZeRO gathers in here serve training again afterwards
         for start in range(0, len(labels), batch_size):
             part = labels[start : start + batch_size]  # (n,)
             noise = rng.normal_per_slot(seed, "sample", 0, list(slots[start : start + batch_size]), shape)  # (n,C,H,W)

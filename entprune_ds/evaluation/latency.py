@@ -97,9 +97,8 @@ def _passes_per_piece(model: Model, inputs: tuple[Tensor, ...], device: torch.de
     """Warm up, then double the passes until a piece lasts PIECE_SECONDS."""
     _time_piece(model, inputs, warmup, device)
     passes = 1
-    while (seconds := _time_piece(model, inputs, passes, device)) < PIECE_SECONDS:
-        # never more than fourfold at once: the first passes of a size may still be slow or fast by accident
-        passes = min(4 * passes, max(2 * passes, int(passes * PIECE_SECONDS / max(seconds, 1e-9)) + 1))
+    while _time_piece(model, inputs, passes, device) < PIECE_SECONDS:
+        passes *= 2
     return passes
 
 

@@ -50,7 +50,9 @@ class ModuleParts:
         first = next(model.parameters())
         self.dtype, self.device = dtype or first.dtype, first.device
         self._blocks: nn.ModuleDict = model.blocks  # type: ignore[assignment]
-        no_blocks = {id(self._blocks): nn.ModuleDict()}  # the copy of the model gets these instead of its blocks
+        no_blocks: dict[int, object] = {
+            id(self._blocks): nn.ModuleDict()
+        }  # the copy of the model gets these instead of its blocks
         self._stem = self._scoring_copy(model, no_blocks)
 
     def _scoring_copy(self, module: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:

@@ -33,7 +33,7 @@ def grow(stack: Tensor, conditioning: Tensor, block: nn.Module, chunk: int | Non
     grown = stack.new_empty(variants + 1, draws, tokens, width)
     before, after = stack.flatten(0, 1), grown[:variants].view(-1, tokens, width)  # (V*N,T,D)
     c = conditioning.repeat(variants, 1)  # (V*N,D)
-    step = chunk or len(before)
+    step = chunk or max(1, len(before))  # a rank may have no draws
     for start in range(0, len(before), step):
         part = slice(start, start + step)
         after[part] = block(before[part], c[part])
@@ -63,7 +63,7 @@ def leave_one_out(
     for index in kept_blocks:
         stack = grow(stack, c, parts.block(index), chunk)
     variants, draws = stack.shape[:2]
-    step = chunk or variants * draws
+    step = chunk or max(1, variants * draws)
     flat, conditioning = stack.flatten(0, 1), c.repeat(variants, 1)
     heads = [parts.head(a, b) for a, b in zip(flat.split(step), conditioning.split(step), strict=True)]
     return torch.cat(heads).unflatten(0, (variants, draws))

@@ -69,11 +69,11 @@ class SweepStatistics:
 
         Args:
             group: index of the group (calibration batch).
-            outputs: (1+L,N,C,H,W) of `sweep.leave_one_out`, N >= 1.
+            outputs: (1+L,N,C,H,W) of `sweep.leave_one_out`; N = 0 adds nothing.
             target: (N,C,H,W) of the objective.
             loss_fn: called in float64, one variant at a time.
         """
-        if self.problem is not None:
+        if self.problem is not None or outputs.shape[1] == 0:
             return
         target, full = target.to(outputs.device, torch.float64), outputs[0].double()
         of_variants, deviations, losses = [], [], []

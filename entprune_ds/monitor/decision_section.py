@@ -12,7 +12,7 @@ from .records import Candidate, Decision
 
 def decision_section(decision: Decision, original_depth: int) -> Markup:
     """HTML of one check; `original_depth` is the number of blocks of the unpruned model."""
-    how = "scored only" if decision.score_only else "forced" if decision.forced else "by vote"
+    how = "scored only" if decision.score_only else "removal forced" if decision.forced else "by vote"
     title = f"Check {decision.check}, step {decision.step:,}: depth {len(decision.kept_before)} → {decision.depth}"
     told_apart = tables.separation(decision)
     verb = "Would remove" if decision.score_only else "Removed"
@@ -20,7 +20,7 @@ def decision_section(decision: Decision, original_depth: int) -> Markup:
         "article",
         tag("h3", title, tag("span", how, class_="chip"), tag("span", decision.criterion, class_="chip")),
         _blocks(decision, original_depth),
-        tag("p", f"{verb} {blocks_text(decision.dropped)}. {decision.reason[:1].upper()}{decision.reason[1:]}"),
+        tag("p", f"{verb} {blocks_text(decision.dropped)}. {tables.reason(decision)}"),
         tag("p", told_apart, class_="soft") if told_apart else None,
         figure(plots.vote(decision), f"Vote of check {decision.check}"),
         _vote(decision),

@@ -131,7 +131,7 @@ figure { margin: 1rem 0; }
 figure img { display: block; max-width: 100%; background: #fff; border-radius: 8px; }
 img.pixels { width: 26rem; image-rendering: pixelated; }
 figcaption { margin-top: .4rem; overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.2rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.2rem; }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
 .pair img, .strip img { width: 100%; }
 .pair figure, .strip figure { margin: .3rem 0; }
@@ -144,7 +144,7 @@ tr > :first-child { padding-left: .5rem; }
 .facts th { font-weight: 500; color: var(--soft); white-space: nowrap; }
 tr.chosen { background: var(--chosen); }
 .blocks { display: flex; flex-wrap: wrap; gap: 3px; margin: .6rem 0; font-size: .78rem; }
-.blocks span { min-width: 1.9rem; text-align: center; padding: .1rem .2rem; border-radius: 4px;
+.blocks span { min-width: 1.75rem; text-align: center; padding: .1rem .2rem; border-radius: 4px;
   font-variant-numeric: tabular-nums; border: 1.5px solid var(--accent); }
 .blocks .leaving { border-color: #d55e00; color: #d55e00; text-decoration: line-through; font-weight: 700; }
 .blocks .gone { border: 1.5px dashed var(--gone); color: var(--gone); }

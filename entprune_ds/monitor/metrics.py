@@ -17,7 +17,6 @@ from ..config import Config
 from .files import parse_json, write_atomically
 from .interface import Monitor, NullMonitor
 from .records import decision_of, step_of
-from .wandb_run import start_wandb
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
@@ -36,7 +35,11 @@ def open_monitor(config: Config, run_dir: Path, enabled: bool) -> Monitor:
     """
     if not enabled:
         return NullMonitor()
-    return RunMonitor(run_dir, start_wandb(config, run_dir) if config.monitor.wandb else NullMonitor())
+    if not config.monitor.wandb:
+        return RunMonitor(run_dir, NullMonitor())
+    from .wandb_run import start_wandb  # here, so that the other ranks load neither wandb nor matplotlib
+
+    return RunMonitor(run_dir, start_wandb(config, run_dir))
 
 
 class RunMonitor:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .numbers import sensible
 from .records import Decision, number, series, step_of
@@ -92,7 +92,7 @@ def score_heat_map(decisions: Sequence[Decision], criterion: str) -> Figure | No
         for block, score in decision.scores[criterion].items():
             if block in blocks:
                 grid[row, blocks.index(block)] = score.value
-    width = min(max(3.2 + 0.42 * len(blocks), 5.5), 14)
+    width = min(max(3.2 + 0.42 * len(blocks), 5.5), 8.4)
     figure, axes = one_panel(width, 1.25 + 0.34 * len(checks))
     axes.set_facecolor(PALE)
     standard = _standardised(grid)
@@ -154,6 +154,7 @@ def vote(decision: Decision) -> Figure | None:
 
 def _proxy(axes: Axes, values: Sequence[float], ranks: Sequence[float]) -> None:
     axes.plot(range(len(values)), values, "o-", color=BLUE, markersize=5)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     notes = [f"#{sensible(r)}" if math.isfinite(v) else "invalid" for v, r in zip(values, ranks, strict=True)]
     _annotate(axes, values, notes)
 

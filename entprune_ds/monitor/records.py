@@ -119,16 +119,12 @@ def decisions_of(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Decision], int
 def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Steps (ascending) and values of one metric.
 
-    A null (a value that was not finite) becomes NaN, so that a curve shows a gap. When a step occurs twice, as after a
-    resume, the later line counts.
+    A null (a value that was not finite) becomes NaN, so that a curve shows a gap. A step that occurs twice, as the
+    validation before and after a removal does, keeps both values in file order.
     """
-    found: dict[int, float] = {}
-    for row in rows:
-        step = step_of(row)
-        if name in row and step is not None:
-            found[step] = number(row, name)
-    steps = sorted(found)
-    return steps, [found[s] for s in steps]
+    found = [(step, number(row, name)) for row in rows if name in row and (step := step_of(row)) is not None]
+    found.sort(key=lambda pair: pair[0])  # stable
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def step_of(row: Any) -> int | None:

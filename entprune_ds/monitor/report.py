@@ -24,6 +24,14 @@ from .samples_section import samples_section
 REPORT_FILE = "report.html"
 MOST_CHECKS = 64
 """Checks shown one by one."""
+MEANINGS = {
+    "ced": "change of the output entropy when the block is left out (Conditional Entropy Deviation); small goes first",
+    "ced_abs": "entropy change summed over output elements as absolute values, so that none cancel; small goes first",
+    "loss": "rise of the loss when the block is left out; small goes first",
+    "random": "seeded random order",
+    "every_other": "evenly spaced blocks go",
+    "explicit": "the order is given in the config",
+}
 
 
 def build_report(run_dir: Path) -> Path:
@@ -106,7 +114,8 @@ def _pruning(run: RunFolder) -> Markup | None:
         return None
     shown = run.decisions[-MOST_CHECKS:]
     maps = [_heat_map(shown, criterion) for criterion in dict.fromkeys(d.scored_by for d in shown)]
-    explained = "Scores are standardised within each check: colour compares blocks, not checks. Numbers are the scores."
+    words = [f"{c}: {MEANINGS[c]}. " for c in dict.fromkeys(d.criterion for d in shown) if c in MEANINGS]
+    explained = "Colours are standardised within each check: they compare blocks, not checks. Numbers are the scores."
     recorded = number(run.evaluation, "pruned", "original_depth")
     seen = max(b for d in shown for b in (*d.kept_before, 0)) + 1
     depth = max(seen, int(recorded)) if 0 < recorded <= MAX_BLOCKS else seen
@@ -114,6 +123,7 @@ def _pruning(run: RunFolder) -> Markup | None:
     return tag(
         "section",
         tag("h2", "Pruning"),
+        tag("p", *words, class_="soft") if words else None,
         *((tag("h3", "Block scores"), *maps, tag("p", explained, class_="soft")) if any(maps) else ()),
         tag("p", more, class_="soft") if more else None,
         *(decision_section(d, depth) for d in shown),

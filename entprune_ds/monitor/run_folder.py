@@ -109,6 +109,9 @@ def _lines_word(count: int) -> str:
 
 
 def _natural(path: Path) -> tuple[bool, list[tuple[int, int, str]]]:
-    """Numbers inside names sort by value, and names without a number come last: step_2 < step_10 < final."""
-    parts = [p for p in re.split(r"([0-9]+)", path.stem) if p]
+    """Numbers inside names sort by value, and names without a number come last: step_2 < step_10 < final.
+
+    Within a step, "before" a removal precedes "after", which the alphabet would turn round.
+    """
+    parts = [p for p in re.split(r"([0-9]+)", path.stem.replace("after", "before~")) if p]
     return not any(p.isdigit() for p in parts), [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts]

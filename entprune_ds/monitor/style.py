@@ -88,6 +88,6 @@ def averaged(steps: Sequence[float], values: Sequence[float], groups: int) -> tu
 
 
 def label(text: str) -> str:
-    """A name from data as the renderer can take it: printable, short, no lone surrogates."""
-    clean = "".join(c for c in text.encode("utf-8", "replace").decode("utf-8") if c.isprintable())
+    """A name from data as the renderer can take it: printable and short."""
+    clean = "".join(c for c in text if c.isprintable())  # lone surrogates and control characters are not
     return clean if len(clean) <= 40 else clean[:39] + "…"

@@ -51,10 +51,15 @@ def vote_table(decision: Decision) -> Table:
 def sentence(decision: Decision) -> str:
     """The decision in words."""
     verb = "would remove" if decision.score_only else "removed"
-    how = "forced by the cap or the target" if decision.forced else "by vote"
+    how = "a removal was forced" if decision.forced else "by vote"
     text = f"Check {decision.check} at step {decision.step:,} {verb} {blocks_text(decision.dropped)}"
     text += f" ({how}, criterion {decision.criterion}); depth {len(decision.kept_before)} → {decision.depth}."
-    return f"{text} {decision.reason}".strip()
+    return f"{text} {reason(decision)}".strip()
+
+
+def reason(decision: Decision) -> str:
+    """The recorded reason as a sentence of its own."""
+    return decision.reason[:1].upper() + decision.reason[1:]
 
 
 def place(decision: Decision, block: int) -> int | None:

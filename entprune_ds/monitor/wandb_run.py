@@ -37,43 +37,57 @@ FINISH_SECONDS = 60.0
 def start_wandb(config: Config, run_dir: Path) -> Monitor:
     """Open (or continue) the run; a NullMonitor and a warning when the client cannot.
 
-    Offline when there are no credentials and WANDB_MODE is unset; a set WANDB_MODE is respected.
+    A set WANDB_MODE is respected. Otherwise the run is online where there are credentials and the server answers, and
+    offline elsewhere.
     """
-    log = get_logger()
-    try:
-        import wandb
-
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,  # a remote's address may hold a token; env.json names the commit
-            disable_code=True,
-            x_disable_meta=True,  # user, e-mail and command line; env.json has what a reader needs
-            x_save_requirements=False,
-            init_timeout=INIT_SECONDS,
-            login_timeout=INIT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
-        )
-        run = wandb.init(
-            project=config.monitor.wandb_project,
-            name=config.run.name,
-            id=run_id(run_dir),
-            resume="allow",
-            mode=None if os.environ.get("WANDB_MODE") or has_credentials() else "offline",
-            dir=str(run_dir.resolve()),
-            config=to_dict(config),
-            allow_val_change=True,  # num_steps and parallel.* may differ on a resume
-            settings=settings,
-        )
-        # Our own step axis: W&B's counter only grows, and a resume repeats the steps since the checkpoint.
-        run.define_metric("step", hidden=True)
-        run.define_metric("*", step_metric="step")
-    except Exception as error:  # telemetry must not end a training run, whatever it raises
-        log.warning("Weights & Biases could not start (%s); metrics.jsonl goes on without it.", _one_line(error))
+    log, chosen = get_logger(), os.environ.get("WANDB_MODE")
+    if chosen == "disabled":
         return NullMonitor()
-    where = f"{run.dir.removesuffix('/files')}, upload with `wandb sync`" if run.offline else run.url
-    log.info("Weights & Biases run %s: %s", run.id, where)
-    return WandbMonitor(run, run_dir, log)
+    modes = [None] if chosen else [None, "offline"] if has_credentials() else ["offline"]
+    for mode in modes:
+        try:
+            run = _init(config, run_dir, mode, retry=mode != modes[0])
+        except Exception as error:  # telemetry must not end a training run, whatever it raises
+            then = "trying offline" if mode != modes[-1] else "metrics.jsonl goes on without it"
+            log.warning("Weights & Biases could not start (%s); %s.", _one_line(error), then)
+        else:
+            where = f"{run.dir.removesuffix('/files')}, upload with `wandb sync`" if run.offline else run.url
+            log.info("Weights & Biases run %s: %s", run.id, where)
+            return WandbMonitor(run, run_dir, log)
+    return NullMonitor()
+
+
+def _init(config: Config, run_dir: Path, mode: Any, retry: bool) -> wandb.Run:
+    import wandb
+
+    if retry:
+        wandb.teardown()  # the failed attempt still holds the run id
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_git=True,  # a remote's address may hold a token; env.json names the commit
+        disable_code=True,
+        x_disable_meta=True,  # user, e-mail and command line; env.json has what a reader needs
+        x_save_requirements=False,
+        init_timeout=INIT_SECONDS,
+        login_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+    )
+    run = wandb.init(
+        project=config.monitor.wandb_project,
+        name=config.run.name,
+        id=run_id(run_dir),
+        resume="allow",
+        mode=mode,
+        dir=str(run_dir.resolve()),
+        config=to_dict(config),
+        allow_val_change=True,  # num_steps and parallel.* may differ on a resume
+        settings=settings,
+    )
+    # Our own step axis: W&B's counter only grows, and a resume repeats the steps since the checkpoint.
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def has_credentials() -> bool:
@@ -134,15 +148,16 @@ class WandbMonitor:
             earlier = decisions_of(read_json_lines(self.run_dir / "decisions.jsonl").rows)[0]
             checks = [d for d in earlier if d.check < now.check] + [now]
             values: dict[str, Any] = {"prune/decision": tables.sentence(now)}
-            for name, table in (("score/table", tables.score_table(now)), ("prune/vote", tables.vote_table(now))):
-                if table.rows:
-                    values[name] = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
             for block, score in now.scores.get(now.scored_by, {}).items():
                 values[f"score/{now.scored_by}/block_{block:02d}"] = score.value
             picture = plots.score_heat_map(checks, now.scored_by)
             if picture is not None:
                 values["score/heat_map"] = wandb.Image(_open_picture(picture))
             self._send(now.step, values)
+            for name, table in (("score/table", tables.score_table(now)), ("prune/vote", tables.vote_table(now))):
+                if table.rows:
+                    rows = [list(row) for row in table.rows]
+                    self._send(now.step, {name: wandb.Table(columns=list(table.columns), data=rows)})
             self.run.alert(title=f"Pruning check {now.check}: depth {now.depth}"[:63], text=tables.sentence(now))
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -158,7 +173,8 @@ class WandbMonitor:
         with self._tolerant("artifact"):
             if self.run is not None:
                 artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:128], type=kind)
-                artifact.add_dir(str(folder), policy="immutable")
+                for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                    artifact.add_file(str(path), name=path.relative_to(folder).as_posix(), policy="immutable")
                 self.run.log_artifact(artifact)
 
     def finish(self, exit_code: int = 0) -> None:

@@ -70,7 +70,7 @@ class CountingParts(ModuleParts):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self.requests: list[int] = []
-        self.samples = 0
+        self.samples = self.largest_call = 0
 
     def block(self, index: int) -> nn.Module:
         self.requests.append(index)
@@ -80,3 +80,4 @@ class CountingParts(ModuleParts):
 
     def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.samples += len(args[0])
+        self.largest_call = max(self.largest_call, len(args[0]))

@@ -1,0 +1,173 @@
+"""Whole trainings with real ranks: pruning, inert scoring, exact resume, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entprune_ds.interop.safetensors import load_model
+from tests.ranks import run_ranks
+
+FULL = pytest.mark.full
+TINY = [
+    "preset=digits_prune", "model.depth=4", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=16",
+    "train.micro_batch_size=4", "train.num_steps=12", "train.validate_every=6", "train.validation_draws=32",
+    "train.checkpoint_every=4", "train.keep_checkpoints=9", "train.warmup_steps=0", "prune.target_depth=2",
+    "prune.num_checks=2", "prune.end_step=8", "prune.calibration_draws=64", "prune.calibration_batch=32",
+    "prune.ntk_samples=4", "prune.ntk_repeats=1", "prune.zico_batches=2", "prune.zico_batch_size=4",
+    "prune.criterion=loss", "sample.grid=4", "sample.num_steps=2", "monitor.log_every=1", "monitor.wandb=false",
+]  # fmt: skip
+
+
+def words(digits: str, root: Path, name: str, *more: str) -> list[str]:
+    """Command line of a tiny training."""
+    return [*TINY, f"data.shards={digits}/train", f"run.root={root}", f"run.name={name}", *more]
+
+
+def named_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Full tensors "KEY/NAME" of a checkpoint, put together from its files."""
+    manifest, state = json.loads((folder / "manifest.json").read_text()), {}
+    for entry in manifest["files"]:
+        tensors = load_file(folder / entry["name"])
+        for name, start, stop in entry["ranges"]:
+            for key in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+                full = state.setdefault(
+                    f"{key}/{name}", torch.full((torch.Size(manifest["shapes"][name]).numel(),), float("nan"))
+                )
+                full[start:stop] = tensors[f"{key}/{name}"]
+    return state
+
+
+def equal_state(a: Path, b: Path) -> bool:
+    """Whether two checkpoints hold the same named state, to the bit."""
+    first, second = named_state(a), named_state(b)
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss by step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "world_size"), [(3, 2), *(pytest.param(s, w, marks=FULL) for s in (0, 1, 2) for w in (1, 2))]
+)
+def test_checks_that_remove_nothing_change_nothing(digits, tmp_path, zero_stage, world_size):
+    ds = f"parallel.ds_config=zero{zero_stage}_fp32"
+    runs = [
+        words(digits, tmp_path, "checked", ds, "prune.score_only=true"),
+        words(digits, tmp_path, "plain", ds, "prune.target_depth=null"),
+    ]
+    run_ranks("tests.workers.training:train", world_size, runs=runs)
+    assert len((tmp_path / "checked" / "decisions.jsonl").read_text().splitlines()) == 2
+    assert losses(tmp_path / "checked") == losses(tmp_path / "plain")
+    assert len(losses(tmp_path / "plain")) == 12
+    last = "checkpoints/step_00000012"
+    assert equal_state(tmp_path / "checked" / last, tmp_path / "plain" / last)
+
+
+def test_a_run_prunes_exports_and_resumes_exactly(digits, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    first = run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole")])
+    assert first == [[0], [0]]
+    decisions = [json.loads(line) for line in (whole / "decisions.jsonl").read_text().splitlines()]
+    assert [d["step"] for d in decisions] == [0, 4]
+    assert len(decisions[-1]["kept_blocks"]) == 2
+    model, facts = load_model(whole / "model")
+    assert facts["kept_blocks"] == decisions[-1]["kept_blocks"]
+    assert list(model.blocks) == [str(b) for b in facts["kept_blocks"]]
+    ema = named_state(whole / "checkpoints/step_00000012")
+    assert all(torch.equal(p.reshape(-1), ema[f"ema/{n}"]) for n, p in model.named_parameters())
+
+    # The same run cut off after step 8: its later checkpoints vanish, as if it had been killed.
+    (tmp_path / "cut").mkdir()
+    for source in sorted(whole.rglob("*")):
+        target = cut / source.relative_to(whole)
+        if source.is_file() and "step_00000012" not in str(source) and "model" not in source.parts:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    text = (cut / "config.yaml").read_text().replace("name: whole", "name: cut")
+    (cut / "config.yaml").write_text(text)
+    stray = dict(decisions[-1], step=9)
+    with open(cut / "decisions.jsonl", "a") as file:
+        file.write(json.dumps(stray) + "\n")
+    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "cut")])
+    assert losses(cut) == losses(whole)
+    assert equal_state(cut / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
+    assert len((cut / "decisions.jsonl").read_text().splitlines()) == 2
+    assert json.loads((cut / "decisions.superseded.jsonl").read_text())["step"] == 9
+    assert (cut / "metrics.superseded.jsonl").is_file()
+
+
+def test_checkpoints_resume_at_another_stage_and_world_size(digits, tmp_path):
+    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "a", "train.num_steps=8")])
+    more = ["train.num_steps=9", "prune.end_step=8", "parallel.ds_config=zero3_fp32"]
+    before = named_state(tmp_path / "a/checkpoints/step_00000008")
+    run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "a", *more)])
+    assert losses(tmp_path / "a").keys() == set(range(1, 10))
+    after = named_state(tmp_path / "a/checkpoints/step_00000009")
+    assert before.keys() == after.keys()
+    assert all(torch.isfinite(t).all() for t in after.values())
+
+
+def test_scores_are_equal_on_all_ranks_and_equal_to_brute_force(digits, tmp_path):
+    run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "m", "prune.target_depth=null")])
+    export, results = str(tmp_path / "m" / "model"), []
+    for zero_stage, world_size in ((3, 2), (1, 1)):
+        arguments = {"export": export, "shards": f"{digits}/train", "zero_stage": zero_stage, "out": str(tmp_path)}
+        ranks = run_ranks("tests.workers.training:scores", world_size, **arguments)
+        assert all(r == ranks[0] for r in ranks)
+        assert ranks[0]["gathers"] == 4 * 3  # each block once per calibration batch
+        results.append(ranks[0])
+    expected = brute_force(export, digits)
+    for result in results:
+        assert result["ntk"] == pytest.approx(results[1]["ntk"], rel=1e-8)
+        assert result["zico"] == pytest.approx(results[1]["zico"], rel=1e-8)
+        for criterion, by_block in expected.items():
+            for block, value in by_block.items():
+                assert result["scores"][criterion][block]["value"] == pytest.approx(value, rel=1e-10)
+
+
+def brute_force(export: str, digits: str) -> dict[str, dict[str, float]]:
+    """Leave-one-out by L + 1 whole forward passes in float64, in this one process."""
+    from dataclasses import replace
+
+    from entprune_ds.diffusion.objective import make_draws
+    from entprune_ds.models.dit import DiT
+    from entprune_ds.trainer import examples_of
+    from tests.tiny import tiny_config
+
+    model, facts = load_model(Path(export))
+    config = tiny_config(1)
+    config = replace(config, data=replace(config.data, shards=f"{digits}/train"))
+    examples, outputs = examples_of(config, 0), {}
+    batches = [examples("calibration", 32) for _ in range(3)]
+    latents, labels = (torch.cat(c) for c in zip(*batches, strict=True))
+    draws = make_draws(latents, labels, range(96), seed=3, purpose="calibration", step=0)
+    for dropped in [None, *facts["kept_blocks"]]:
+        kept = tuple(b for b in facts["kept_blocks"] if b != dropped)
+        architecture = {k: v for k, v in facts["model"].items() if k != "kept_blocks"}
+        from entprune_ds.config import ModelConfig
+
+        smaller = DiT(ModelConfig(**architecture, kept_blocks=kept)).double()
+        names = {n for n, _ in smaller.named_parameters()}
+        smaller.load_state_dict({n: p.double() for n, p in model.named_parameters() if n in names})
+        with torch.no_grad():
+            outputs[dropped] = smaller(draws.z_t.double(), draws.t, draws.labels)
+    target, full = draws.target.double(), outputs[None]
+    spread = full.std(0).log()
+    result: dict[str, dict[str, float]] = {"signed_ced": {}, "ced": {}, "ced_abs": {}, "mse": {}, "loss": {}}
+    for block in facts["kept_blocks"]:
+        change = outputs[block].std(0).log() - spread
+        result["signed_ced"][str(block)] = change.sum().item()
+        result["ced"][str(block)] = abs(change.sum().item())
+        result["ced_abs"][str(block)] = change.abs().sum().item()
+        result["mse"][str(block)] = (outputs[block] - full).square().mean().item()
+        rise = (outputs[block] - target).square().mean() - (full - target).square().mean()
+        result["loss"][str(block)] = rise.item()
+    return result

@@ -1,0 +1,46 @@
+"""Worker functions of test_training.py: whole trainings through the command's own entry point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from entprune_ds import comm
+
+
+def train(runs: list[list[str]]) -> list[int]:
+    """Run several trainings one after the other in these processes; returns their exit statuses."""
+    from entprune_ds.cli.train import main
+
+    return [main(words) for words in runs]
+
+
+def scores(export: str, shards: str, zero_stage: int, out: str) -> dict:
+    """Block scores of an exported model under ZeRO, in float64; also how often blocks were gathered."""
+    from dataclasses import replace
+
+    import torch
+
+    from entprune_ds.config import PruneConfig
+    from entprune_ds.coordinator import measure_candidate, proxy_draws, sweep_scores
+    from entprune_ds.engine.build import build_engine
+    from entprune_ds.engine.view import ShardedView
+    from entprune_ds.importance.scores import scores_as_json
+    from entprune_ds.interop.safetensors import read_export
+    from entprune_ds.trainer import examples_of, load_weights
+    from tests.tiny import tiny_config
+
+    model, _ = read_export(Path(export))
+    config = tiny_config(zero_stage)
+    config = replace(config, model=model, data=replace(config.data, shards=shards))
+    engine = build_engine(config, model)
+    load_weights(engine, Path(export))
+    view = ShardedView(engine, "weight", torch.float64)
+    prune = PruneConfig(calibration_draws=96, calibration_batch=32, ntk_samples=4, zico_batches=4, zico_batch_size=4)
+    found = scores_as_json(sweep_scores(view, model.blocks, prune, 3, 0, examples_of(config, 0)))
+    gathers = view.gathers
+    draws = proxy_draws(prune, 3, 0, examples_of(config, 0))
+    candidate = measure_candidate(view, model.blocks[1:], draws, prune, 3, 0)
+    result = {"scores": found, "gathers": gathers, "ntk": candidate.ntk, "zico": candidate.zico_mean}
+    Path(f"{out}/scores_{comm.rank()}.json").write_text(json.dumps(result))
+    return result
