@@ -17,7 +17,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",  # live resizing relies on private attributes, see engine/state.py
         "ninja",
         "webdataset>=1.0",
-        "wandb>=0.19",
+        "wandb>=0.31",
         "omegaconf>=2.4",
         "clean-fid>=0.1.35",
         "scipy<1.18",  # clean-fid calls sqrtm(disp=)
