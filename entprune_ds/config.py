@@ -85,7 +85,7 @@ def load_config(arguments: list[str], check: typing.Callable[[Config], list[str]
             preset = value
         else:
             overrides.append(word)
-    tree = OmegaConf.create({})
+    tree: Any = OmegaConf.create({})
     for source in [lambda: _read_preset(preset)] + [lambda w=word: OmegaConf.from_dotlist([w]) for word in overrides]:
         try:
             tree = OmegaConf.merge(tree, source())

@@ -121,9 +121,8 @@ def _pruning_problems(config: Config) -> list[str]:
         message = "`prune.start_step` < `prune.end_step` <= `train.num_steps` must hold, got "
         found.append(message + f"{prune.start_step}, {end}, {config.train.num_steps}.")
     elif end - prune.start_step < prune.num_checks:
-        found.append(
-            f"`prune.num_checks` ({prune.num_checks}) needs as many steps of pruning phase, got {end - prune.start_step}."
-        )
+        message = f"`prune.num_checks` ({prune.num_checks}) needs as many steps of pruning phase, "
+        found.append(message + f"got {end - prune.start_step}.")
     cap, to_remove = prune.max_blocks_per_check, depth - prune.target_depth
     if cap is not None and cap * prune.num_checks < to_remove:
         message = f"`prune.max_blocks_per_check` x `prune.num_checks` must reach {to_remove} blocks, "

@@ -26,10 +26,10 @@ from entprune_ds.pruning.vote import Candidate, vote
 from entprune_ds.rng import generator_for
 
 Examples = Callable[[str, int], tuple[Tensor, Tensor]]
-"""examples(purpose, count) -> latents (count,C,H,W), labels (count,): the next ones of a purpose, equal on all ranks."""
+"""examples(purpose, count) -> the next latents (count,C,H,W) and labels (count,) of a purpose, equal on all ranks."""
 
 STACK_LIMIT = {"cpu": 256, "cuda": 4096}
-"""Examples (variants x draws) that one block evaluation of the sweep takes at once: bounds its memory, fits the caches."""
+"""Examples (variants x draws) of one block evaluation of the sweep: bounds its memory, fits the caches."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ def sweep_scores(
     parts: Parts, kept_blocks: tuple[int, ...], prune: PruneConfig, seed: int, check: int, examples: Examples
 ) -> Scores:
     """One-sweep leave-one-out scores over the calibration draws, split across ranks. Collective."""
-    groups = prune.calibration_draws // prune.calibration_batch
+    groups, chunk = prune.calibration_draws // prune.calibration_batch, STACK_LIMIT[comm.device().type]
     statistics: SweepStatistics | None = None
     for group in range(groups):
         latents, labels = examples("calibration", prune.calibration_batch)
         slots = range(group * prune.calibration_batch, (group + 1) * prune.calibration_batch)
         mine = _my_part(make_draws(latents, labels, slots, seed=seed, purpose="calibration", step=check))
-        outputs = leave_one_out(parts, kept_blocks, mine.z_t, mine.t, mine.labels, chunk=STACK_LIMIT[comm.device().type])
+        outputs = leave_one_out(parts, kept_blocks, mine.z_t, mine.t, mine.labels, chunk=chunk)
         if statistics is None:
             statistics = SweepStatistics(kept_blocks, groups, tuple(outputs.shape[2:]), outputs.device)
         statistics.update(group, outputs, mine.target, loss_per_example)
@@ -172,4 +172,5 @@ def _reason(depth: int, chosen: int, candidates: list[Candidate], prune: PruneCo
         return f"{depth} -> {chosen}: {why}."
     at_least = depth - candidates[0].depth
     floor = f"; at least {at_least} had to go" if at_least else ""
-    return f"{depth} -> {chosen}: lowest weighted sum of the NTK and ZiCo ranks among depths {[c.depth for c in candidates]}{floor}."
+    depths = [c.depth for c in candidates]
+    return f"{depth} -> {chosen}: lowest weighted sum of the NTK and ZiCo ranks among depths {depths}{floor}."

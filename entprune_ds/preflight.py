@@ -36,9 +36,8 @@ def training_problems(config: Config) -> list[str]:
             found.append(str(error))
     prune = config.prune
     if prune.target_depth is not None and prune.calibration_batch < world_size:
-        found.append(
-            f"`prune.calibration_batch` must be at least the number of ranks ({world_size}), got {prune.calibration_batch}."
-        )
+        message = f"`prune.calibration_batch` must be at least the number of ranks ({world_size}), "
+        found.append(message + f"got {prune.calibration_batch}.")
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
     found += _data_problems(config)
@@ -88,8 +87,8 @@ def _fit_problems(config: Config, index: Index, key: str) -> list[str]:
         )
         found.append(message + " Raise it.")
     if key == "data.shards" and len(index.shards) < config.data.num_readers:
-        message = f"`data.num_readers` ({config.data.num_readers}) is more than the {len(index.shards)} shards in {index.folder}."
-        found.append(message + " Lower it, or write smaller shards with data.shard_size.")
+        message = f"`data.num_readers` ({config.data.num_readers}) is more than the {len(index.shards)} shards in "
+        found.append(message + f"{index.folder}. Lower it, or write smaller shards with data.shard_size.")
     return found
 
 
@@ -109,10 +108,11 @@ def _resume_problems(config: Config) -> list[str]:
             if value != was and section not in FREE_SECTIONS and name not in FREE_KEYS:
                 message = f"`{name}` is {value}, but {config.run_dir} was started with {was}. "
                 found.append(message + "Use that value, or choose another `run.name`.")
-    if config.train.num_steps < old.train.num_steps:
-        message = f"`train.num_steps` is {config.train.num_steps}, but {config.run_dir} was started with {old.train.num_steps}. "
+    steps, old_steps = config.train.num_steps, old.train.num_steps
+    if steps < old_steps:
+        message = f"`train.num_steps` is {steps}, but {config.run_dir} was started with {old_steps}. "
         found.append(message + "A resume may only raise it.")
-    elif config.train.num_steps > old.train.num_steps and config.prune.target_depth and config.prune.end_step is None:
-        message = f"`train.num_steps` was raised from {old.train.num_steps} to {config.train.num_steps}, which would move the "
-        found.append(message + f"pruning checks. Set prune.end_step={old.train.num_steps}.")
+    elif steps > old_steps and config.prune.target_depth and config.prune.end_step is None:
+        message = f"`train.num_steps` was raised from {old_steps} to {steps}, which would move the pruning checks. "
+        found.append(message + "Finish that run, and start another with its model (model.weights) to train on.")
     return found

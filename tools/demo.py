@@ -25,19 +25,19 @@ def phases(num_ranks: int, extra: list[str]) -> list[tuple[str, int, list[str], 
     """(name, budget in seconds, command, file that is there when it is done)."""
     entprune = str(BIN / "entprune-ds")
     launch = [str(BIN / "deepspeed"), "--num_gpus", str(num_ranks), "--module", "entprune_ds.cli.train"]
-    shards = f"data.shards={DATA}/train"
-    sample = [entprune, "sample"]
+    base = [f"data.shards={DATA}/train", "run.name=demo_base", *extra]
+    pruned = [f"data.shards={DATA}/train", "run.name=demo", f"model.weights={BASE}/model", *extra]
+    base_samples = Path(RUN, "samples", "base_final.npz")
     evaluate = [
         entprune, "evaluate", f"run={RUN}", f"evaluate.baseline={BASE}/model",
-        f"evaluate.samples={RUN}/samples/final.npz", f"evaluate.baseline_samples={RUN}/samples/base_final.npz",
+        f"evaluate.samples={RUN}/samples/final.npz", f"evaluate.baseline_samples={base_samples}",
     ]  # fmt: skip
     return [
         ("shards", 15, [entprune, "shards", "preset=digits", f"out={DATA}"], Path(DATA, "val", "index.json")),
-        ("base model", 330, [*launch, "preset=digits", shards, "run.name=demo_base", *extra], Path(BASE, "model", "config.json")),
-        ("prune 8 -> 4", 170, [*launch, "preset=digits_prune", shards, "run.name=demo", f"model.weights={BASE}/model", *extra],
-         Path(RUN, "model", "config.json")),
-        ("samples, base", 20, [*sample, f"run={BASE}", f"out={RUN}/samples/base_final.npz"], Path(RUN, "samples", "base_final.npz")),
-        ("samples, pruned", 15, [*sample, f"run={RUN}"], Path(RUN, "samples", "final.npz")),
+        ("base model", 330, [*launch, "preset=digits", *base], Path(BASE, "model", "config.json")),
+        ("prune 8 -> 4", 170, [*launch, "preset=digits_prune", *pruned], Path(RUN, "model", "config.json")),
+        ("samples, base", 20, [entprune, "sample", f"run={BASE}", f"out={base_samples}"], base_samples),
+        ("samples, pruned", 15, [entprune, "sample", f"run={RUN}"], Path(RUN, "samples", "final.npz")),
         ("evaluate", 40, evaluate, Path(RUN, "evaluation.json")),
         ("report", 10, [entprune, "report", RUN], Path(RUN, "report.html")),
     ]  # fmt: skip
@@ -60,11 +60,13 @@ def main() -> int:
         if done.is_file():
             print(f"== {name}: done before ({done})", flush=True)
             continue
-        print(f"== {name} (budget {budget} s): {' '.join(Path(command[0]).name if i == 0 else w for i, w in enumerate(command))}", flush=True)
+        words = " ".join([Path(command[0]).name, *command[1:]])
+        print(f"== {name} (budget {budget} s): {words}", flush=True)
         start = time.monotonic()
         status = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
         if status:
-            print(f"error: phase `{name}` ended with status {status}; `make demo` again goes on from here.", file=sys.stderr)
+            message = f"error: phase `{name}` ended with status {status}; the same command goes on from here."
+            print(message, file=sys.stderr)
             return status
         times[name] = time.monotonic() - start
         print(f"== {name}: {times[name]:.1f} s of {budget} s", flush=True)
@@ -85,11 +87,11 @@ def summarize(times: dict[str, float]) -> dict[str, Any]:
     def last_by_step(name: str) -> list[float]:
         return list({m["step"]: m[name] for m in metrics if name in m}.values())
 
-    resize, score = last_by_step("prune/resize_seconds"), last_by_step("prune/score_seconds")
-    vote = last_by_step("prune/vote_seconds")
+    resize = last_by_step("prune/resize_seconds")
+    score = zip(last_by_step("prune/score_seconds"), last_by_step("prune/vote_seconds"), strict=True)
     return {
         "base": figures["base"], "pruned": figures["pruned"], "speedup": figures["speedup"],
-        "resizes": len(resize), "resize_seconds": resize, "score_seconds": [s + v for s, v in zip(score, vote, strict=True)],
+        "resizes": len(resize), "resize_seconds": resize, "score_seconds": [sum(parts) for parts in score],
         "phase_seconds": times, "total_seconds": sum(times.values()), "protocol": figures["protocol"],
     }  # fmt: skip
 

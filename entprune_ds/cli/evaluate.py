@@ -105,7 +105,7 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any]:
         result[name], protocol = figures(config, Path(weights), samples, references, extractor)
     result |= latency(config, {name: Path(weights) for name, (weights, _) in models.items()}, result)
     result["protocol"] = protocol | {
-        "reference": f"{len(references['whole'])} images of {index.folder.parent}, {len(val_images)} of them validation",
+        "reference": f"{len(references['whole'])} images, of which {len(val_images)} validation: {index.folder.parent}",
         "extractor": extractor.name,
         "extractor_test_accuracy": extractor.test_accuracy,
     }
@@ -137,7 +137,7 @@ def latency(config: Config, weights: dict[str, Path], result: dict[str, Any]) ->
     from entprune_ds.evaluation.latency import measure_latency, speedup
     from entprune_ds.interop.safetensors import load_model
 
-    models = {name: load_model(folder)[0].to(comm.device()) for name, folder in weights.items()}
+    models: dict[str, Any] = {name: load_model(folder)[0].to(comm.device()) for name, folder in weights.items()}
     m = config.model
     measured = measure_latency(
         models, batch_sizes=config.evaluate.latency_batches, shape=(m.in_channels, m.input_size, m.input_size),

@@ -70,9 +70,8 @@ def describe(words: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(to_yaml(config), end="")
         parameters = count_parameters(config.model)
-        print(
-            f"# {parameters:,} parameters; {16 * parameters / 2**20:,.1f} MiB of weights, moments and EMA over all ranks"
-        )
+        state = 16 * parameters / 2**20
+        print(f"# {parameters:,} parameters; {state:,.1f} MiB of weights, moments and EMA over all ranks")
         print(f"# ZeRO-{stage}, {world_size} rank(s) x micro-batch {micro} x accumulation {accumulation}")
     return 0
 

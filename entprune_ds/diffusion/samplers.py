@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def euler(velocity: Velocity, noise: Tensor, labels: Tensor, num_steps: int) -> 
         num_steps: equal steps over [0, 1].
     """
     z, times = noise, _times(num_steps, noise)
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         z = z + (then - now) * velocity(z, now.expand(len(z)), labels)
     return z
 
@@ -35,7 +36,7 @@ def euler(velocity: Velocity, noise: Tensor, labels: Tensor, num_steps: int) -> 
 def heun(velocity: Velocity, noise: Tensor, labels: Tensor, num_steps: int) -> Tensor:
     """Heun's method (explicit trapezoid), second order, two evaluations a step; arguments as `euler`."""
     z, times = noise, _times(num_steps, noise)
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         v_now = velocity(z, now.expand(len(z)), labels)
         v_then = velocity(z + (then - now) * v_now, then.expand(len(z)), labels)
         z = z + (then - now) * (v_now + v_then) / 2

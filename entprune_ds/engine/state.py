@@ -17,7 +17,9 @@ from torch import Tensor
 KEYS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 TESTED_DEEPSPEED = "0.19.8"
 NEEDED = {  # private attributes per DeepSpeed optimizer that the functions below rely on
-    "DeepSpeedZeroOptimizer": ("single_partition_of_fp32_groups", "_lazy_init_hp_params_optimizer_state", "update_lp_params"),
+    "DeepSpeedZeroOptimizer": (
+        "single_partition_of_fp32_groups", "_lazy_init_hp_params_optimizer_state", "update_lp_params",
+    ),
     "BF16_Optimizer": ("fp32_groups_flat_partition", "_lazy_init_hp_params_optimizer_state", "update_lp_params"),
     "DeepSpeedZeroOptimizer_Stage3": (
         "fp32_partitioned_groups_flat", "grad_position", "get_param_id", "_partition_all_parameters",

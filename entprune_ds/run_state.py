@@ -1,0 +1,181 @@
+"""One run in memory and on disk: opened or resumed, its checkpoints and its decision log."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from entprune_ds import comm
+from entprune_ds.config import Config, to_dict, to_yaml
+from entprune_ds.data.stream import Stream, merge_states
+from entprune_ds.diffusion.objective import Draws, make_draws
+from entprune_ds.engine.build import Engine, build_engine, fresh_state, initialize_fresh
+from entprune_ds.engine.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    prune_old,
+    save_checkpoint,
+    write_text,
+)
+from entprune_ds.engine.state import Piece, write_state
+from entprune_ds.environment import environment, launch_command
+from entprune_ds.faults import check_space
+from entprune_ds.interop.safetensors import read_export, tensor_reader
+from entprune_ds.logs import get_logger
+from entprune_ds.models.registry import count_parameters
+from entprune_ds.monitor.interface import Monitor
+from entprune_ds.monitor.metrics import open_monitor, rewind_metrics
+from entprune_ds.preflight import validation_spec
+from entprune_ds.pruning.decision import PruneDecision
+from entprune_ds.pruning.schedule import check_steps
+
+log = get_logger()
+
+
+@dataclass
+class Run:
+    """Everything that a step of the loop may touch. What a resume restores: engine, stream, step, decisions."""
+
+    config: Config
+    engine: Engine
+    stream: Stream
+    monitor: Monitor
+    step: int = 0
+    """Optimizer steps done."""
+    decisions: list[PruneDecision] = field(default_factory=list)
+    checks: list[int] = field(default_factory=list)
+    """Steps before which a pruning check stands."""
+    validation: Draws | None = None
+    started: float = 0.0
+    """Monotonic seconds at the last throughput measurement."""
+    saved: int = -1
+    """Step of the newest checkpoint."""
+    validated: tuple[int, int] = (-1, -1)
+    """Step and depth of the newest validation."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.run_dir
+
+
+def open_run(config: Config, arguments: list[str]) -> Run:
+    """Build or resume: engine, data cursor, decisions. Collective."""
+    found = find_checkpoint(config.run_dir / "checkpoints", log.warning)
+    model_config = replace(config.model, kept_blocks=config.model.blocks)
+    if config.model.weights and found is None:
+        exported, _ = read_export(Path(config.model.weights))
+        model_config = replace(model_config, kept_blocks=config.model.kept_blocks or exported.blocks)
+    if found is not None:
+        model_config = replace(model_config, kept_blocks=found.kept_blocks)
+    engine = build_engine(config, model_config)
+    stream = Stream(
+        config.data.shards, seed=config.run.seed, num_readers=config.data.num_readers,
+        shuffle_buffer=config.data.shuffle_buffer, global_batch_size=config.train.global_batch_size,
+        dp_rank=comm.rank(), dp_size=comm.world_size(), verify=True,
+    )  # fmt: skip
+    step, decisions = 0, []
+    if found is not None:
+        load_checkpoint(engine, found)
+        step, record = found.step, found.manifest["record"]
+        stream.load_state(record["stream"])
+        decisions = [PruneDecision.from_json(d) for d in record["decisions"]]
+        log.info("resumed from %s: step %d, depth %d", found.folder, step, engine.depth)
+    elif config.model.weights:
+        load_weights(engine, Path(config.model.weights))
+        log.info("started from %s at depth %d", config.model.weights, engine.depth)
+    else:
+        initialize_fresh(engine, config.run.seed)
+    monitor = open_folder(config, arguments, step, decisions)
+    run = Run(config, engine, stream, monitor, step=step, decisions=decisions, checks=planned_checks(config))
+    run.saved = step if found is not None else -1
+    run.validation = validation_draws(config)
+    return run
+
+
+def open_folder(config: Config, arguments: list[str], step: int, decisions: list[PruneDecision]) -> Monitor:
+    """Write config.yaml and env.json, move aside what lies after `step`, and open the monitor (rank 0)."""
+    folder, error = config.run_dir, None
+    if comm.is_main():
+        try:
+            error = check_space(folder, needed_bytes=2 * 16 * count_parameters(config.model))
+            write_text(folder / "config.yaml", to_yaml(config))
+            command = launch_command(arguments, comm.world_size())
+            write_text(folder / "env.json", json.dumps(environment(config, comm.world_size(), command), indent=2))
+            rewind_metrics(folder, step)
+            write_decisions(folder / "decisions.jsonl", decisions)
+        except OSError as problem:
+            error = f"run folder {folder} cannot be written: {problem}. Free space or choose another `run.root`."
+    comm.raise_together(error)
+    return open_monitor(config, folder, comm.is_main())
+
+
+def load_weights(engine: Engine, folder: Path) -> None:
+    """Fill a new engine from an exported model: zero moments, EMA equal to the weights. Collective."""
+    tensor = tensor_reader(folder)
+
+    def read(piece: Piece) -> dict[str, Tensor]:
+        return fresh_state(tensor(piece.name).reshape(-1)[piece.start : piece.stop].clone())
+
+    write_state(engine.ds, engine.optimizer, engine.ema, 0, read)
+
+
+def planned_checks(config: Config) -> list[int]:
+    """Steps of the pruning checks; none without a target depth."""
+    prune = config.prune
+    if prune.target_depth is None:
+        return []
+    return check_steps(prune.start_step, prune.end_step or config.train.num_steps, prune.num_checks)
+
+
+def validation_draws(config: Config) -> Draws | None:
+    """The fixed (example, t, noise) draws, or None without a validation set."""
+    spec = validation_spec(config)
+    if not spec or not config.train.validate_every:
+        return None
+    count = config.train.validation_draws
+    stream = Stream(
+        spec, seed=config.run.seed, num_readers=1, shuffle_buffer=config.data.shuffle_buffer,
+        global_batch_size=count, purpose="validation",
+    )  # fmt: skip
+    batch = stream.next_batch()
+    return make_draws(batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="validation", step=0)
+
+
+def checkpoint(run: Run) -> None:
+    """Save the run; keep the newest ones and those before a removal. Collective."""
+    if run.saved == run.step:
+        return
+    record = {
+        "stream": merge_states(comm.all_gather_json(run.stream.state())),
+        "decisions": [d.to_json() for d in run.decisions],
+        "config": to_dict(run.config),
+    }
+    root = run.folder / "checkpoints"
+    save_checkpoint(run.engine, root, run.step, record)
+    run.saved = run.step
+    if comm.is_main():
+        before_removal = {d.step for d in run.decisions if d.dropped} | {run.step}
+        prune_old(root, run.config.train.keep_checkpoints, before_removal)
+
+
+def record_decision(run: Run, decision: PruneDecision) -> None:
+    """Append the decision to decisions.jsonl and show it."""
+    run.decisions.append(decision)
+    if comm.is_main():
+        write_decisions(run.folder / "decisions.jsonl", run.decisions)
+    run.monitor.decision(decision.to_json())
+
+
+def write_decisions(path: Path, decisions: list[PruneDecision]) -> None:
+    """Write decisions.jsonl; lines that a resume has left behind move to decisions.superseded.jsonl."""
+    lines = [json.dumps(d.to_json(), allow_nan=False) for d in decisions]
+    old = path.read_text().splitlines() if path.is_file() else []
+    aside = [line for line in old if line not in lines]
+    if aside:
+        with open(path.with_name("decisions.superseded.jsonl"), "a") as file:
+            file.write("\n".join(aside) + "\n")
+    write_text(path, "".join(line + "\n" for line in lines))

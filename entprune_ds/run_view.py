@@ -1,0 +1,78 @@
+"""What a run shows while it goes: training metrics, validation losses, sample grids."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from entprune_ds import comm
+from entprune_ds.diffusion.samplers import SAMPLERS
+from entprune_ds.engine.view import ShardedView
+from entprune_ds.evaluation.generate import generate, make_labels
+from entprune_ds.evaluation.images import save_grid
+from entprune_ds.learning_rate import learning_rate
+from entprune_ds.logs import ProgressLine, get_logger
+from entprune_ds.run_state import Run
+from entprune_ds.validation import validation_loss
+
+log = get_logger()
+
+
+def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
+    """Log the loss of this step over all ranks, and the throughput since the last log."""
+    config, engine = run.config, run.engine
+    mean = (comm.all_reduce_sum(loss.clone()) / comm.world_size()).item()
+    now = time.monotonic()
+    seconds, run.started = (now - run.started) / config.monitor.log_every, now
+    rate = config.train.global_batch_size / seconds
+    norm = engine.ds.get_global_grad_norm()
+    values = {
+        "train/loss": mean, "train/lr": learning_rate(config.train, run.step - 1), "train/depth": engine.depth,
+        "train/examples_per_second": rate, "train/step_seconds": seconds,
+    }  # fmt: skip
+    if norm is not None:
+        values["train/grad_norm"] = float(norm)
+    run.monitor.log(run.step, values)
+    line.update(run.step, f"loss {mean:.4f}  depth {engine.depth}  {rate:.0f} examples/s")
+    if not math.isfinite(mean):
+        message = f"the loss is {mean} at step {run.step}. Lower train.learning_rate or check the data, then run the "
+        raise comm.DistributedError(message + "same command: it resumes from the newest checkpoint.")
+
+
+def validate(run: Run) -> None:
+    """Validation loss of the raw and the EMA weights on fixed draws."""
+    if run.validation is None or run.validated == (run.step, run.engine.depth):
+        return
+    run.validated = (run.step, run.engine.depth)
+    values = {
+        f"train/validation_loss{suffix}": validation_loss(ShardedView(run.engine, key), run.validation)
+        for key, suffix in (("weight", ""), ("ema", "_ema"))
+    }
+    run.monitor.log(run.step, values | {"train/depth": run.engine.depth})
+    log.info("step %d: validation loss %.5f, EMA %.5f", run.step, *values.values())
+
+
+def sample_grid(run: Run, name: str) -> None:
+    """Samples of the EMA weights as a PNG; every rank draws its share. Skipped unless there are 1 or 3 channels."""
+    config, model = run.config, run.config.model
+    if model.in_channels not in (1, 3):
+        return
+    count = -(-config.sample.grid // comm.world_size()) * comm.world_size()
+    labels = make_labels("balanced", count, model.num_classes, config.sample.seed).to(comm.device())
+    view, sampler = ShardedView(run.engine, "ema"), SAMPLERS[config.sample.sampler]
+    shape = (model.in_channels, model.input_size, model.input_size)
+    mine = range(comm.rank(), count, comm.world_size())
+    images = generate(
+        lambda noise, y: sampler(view, noise, y, config.sample.num_steps), labels[mine.start :: comm.world_size()],
+        shape=shape, seed=config.sample.seed, batch_size=config.sample.batch_size, slots=list(mine),
+    )  # fmt: skip
+    parts = comm.all_gather(torch.from_numpy(images).to(comm.device()))
+    if comm.is_main():
+        whole = torch.stack(parts, dim=1).flatten(0, 1)[: config.sample.grid].cpu().numpy()
+        path = run.folder / "samples" / f"step_{run.step:08d}_{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_grid(whole, path)
+        run.monitor.image(run.step, f"samples/{name}", path)
