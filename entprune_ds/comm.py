@@ -23,6 +23,10 @@ class DistributedError(RuntimeError):
     """An error that all ranks raise together, with the messages of the ranks that failed."""
 
 
+class RankError(RuntimeError):
+    """An error of one rank alone, such as a damaged shard; the other ranks lose contact when it leaves."""
+
+
 def rank() -> int:
     """Index of this process in the job."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))

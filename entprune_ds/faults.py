@@ -88,14 +88,17 @@ def check_space(folder: Path, needed_bytes: int) -> str | None:
 def explained(folder: Path) -> Iterator[None]:
     """Run the training; whatever ends it becomes one clear message and an exit status, and no rank lingers.
 
-    Status: 128 + signal when interrupted, 75 when another rank is gone, 2 for an error that all ranks raised
-    together, 1 for anything else (with its traceback).
+    Status: 128 + signal when interrupted, 75 when another rank is gone, 2 for an error with a remedy (of this rank,
+    or raised by all together), 1 for anything else (with its traceback).
     """
     try:
         yield
     except Interrupted as stop:
         _say(f"stopped by {stop}. {_remedy(folder)}")
         _leave(128 + stop.number)
+    except comm.RankError as error:
+        _say(f"{error} {_remedy(folder)}")
+        _leave(2)
     except comm.DistributedError as error:
         if comm.is_main():
             _say(str(error))

@@ -21,13 +21,21 @@ def get_logger() -> logging.Logger:
     logger = logging.getLogger("entprune_ds")
     if not logger.handlers:
         rank = os.environ.get("RANK", "0")
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Stderr()
         prefix = "" if rank == "0" else f"[rank {rank}] "
         handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if rank == "0" else logging.ERROR)
         logger.propagate = False
     return logger
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to whatever sys.stderr is now, so that a running progress bar stays below the log lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class ProgressLine:

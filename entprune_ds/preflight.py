@@ -41,7 +41,8 @@ def training_problems(config: Config) -> list[str]:
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
     found += _data_problems(config)
-    if config.model.weights:
+    resuming = (config.run_dir / "checkpoints" / "latest").is_file()
+    if config.model.weights and not resuming:
         found += architecture_problems(config.model, Path(config.model.weights))
     return found + _resume_problems(config)
 

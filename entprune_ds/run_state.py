@@ -23,7 +23,7 @@ from entprune_ds.engine.checkpoint import (
 from entprune_ds.engine.state import Piece, write_state
 from entprune_ds.environment import environment, launch_command
 from entprune_ds.faults import check_space
-from entprune_ds.interop.safetensors import read_export, tensor_reader
+from entprune_ds.interop.safetensors import tensor_reader
 from entprune_ds.logs import get_logger
 from entprune_ds.models.registry import count_parameters
 from entprune_ds.monitor.interface import Monitor
@@ -66,9 +66,6 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     """Build or resume: engine, data cursor, decisions. Collective."""
     found = find_checkpoint(config.run_dir / "checkpoints", log.warning)
     model_config = replace(config.model, kept_blocks=config.model.blocks)
-    if config.model.weights and found is None:
-        exported, _ = read_export(Path(config.model.weights))
-        model_config = replace(model_config, kept_blocks=config.model.kept_blocks or exported.blocks)
     if found is not None:
         model_config = replace(model_config, kept_blocks=found.kept_blocks)
     engine = build_engine(config, model_config)

@@ -14,9 +14,7 @@ from entprune_ds.data.latents import Batch
 from entprune_ds.data.stream import Stream
 from entprune_ds.diffusion.objective import loss_per_example, make_draws
 from entprune_ds.engine.build import train_step
-from entprune_ds.engine.checkpoint import (
-    read_checkpoint,
-)
+from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
@@ -86,11 +84,11 @@ def one_step(run: Run) -> Tensor:
 
 
 def next_batch(run: Run) -> Batch:
-    """This rank's part of the next global batch; a damaged shard ends the job on all ranks."""
+    """This rank's part of the next global batch; a damaged shard ends the job, with the shard's name."""
     try:
         return run.stream.next_batch()
     except (ValueError, OSError) as problem:
-        raise comm.DistributedError(f"step {run.step}: {problem}") from problem
+        raise comm.RankError(f"step {run.step}: {problem}") from problem
 
 
 def prune_check(run: Run) -> None:

@@ -103,3 +103,54 @@ def test_a_run_folder_in_use_is_refused(digits, tmp_path):
     text = (tmp_path / "log").read_text()
     assert "is in use by host elsewhere, process 1" in text
     assert not (tmp_path / "busy" / "checkpoints").exists()
+
+
+def test_a_shard_that_breaks_while_training_ends_the_job_with_its_name(digits, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    process = launch(words(str(data), tmp_path, "broken", *LONG, "data.shuffle_buffer=16"), tmp_path / "log")
+    wait_for_step(tmp_path / "broken", 2, process)
+    for shard in (data / "train").glob("*.tar"):
+        shard.write_bytes(shard.read_bytes()[:2000])
+    assert finish(process, seconds=60) != 0
+    text = (tmp_path / "log").read_text()
+    assert re.search(r"step \d+: .*shard-\d+\.tar", text)
+    assert "the same command resumes from it" in text
+
+
+def small_disk(folder: Path, megabytes: int) -> None:
+    """Mount a small file system, or skip the test where that is not allowed."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs permission to mount a small file system")
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_a_full_or_read_only_disk_is_one_error_on_all_ranks(digits, tmp_path, kind):
+    disk = tmp_path / "disk"
+    small_disk(disk, megabytes=1 if kind == "full" else 64)
+    try:
+        if kind == "read-only":
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        process = launch(words(digits, disk, "run", "model.hidden_size=96"), tmp_path / "log")
+        assert finish(process, seconds=100) == 2
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    text = (tmp_path / "log").read_text()
+    message = "two checkpoints of this model need" if kind == "full" else "cannot be written"
+    assert text.count(message) == 1
+    assert "run.root" in text
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_parameters(digits, tmp_path):
+    run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "a", "train.num_steps=8")])
+    config = tmp_path / "a" / "config.yaml"
+    config.write_text(config.read_text().replace("hidden_size: 32", "hidden_size: 64"))
+    process = launch(words(digits, tmp_path, "a", "train.num_steps=8", "model.hidden_size=64"), tmp_path / "log")
+    assert finish(process, seconds=100) == 2
+    text = (tmp_path / "log").read_text()
+    assert text.count("holds another model") == 1
+    assert "blocks." in text

@@ -19,6 +19,16 @@ from typing import Any
 BIN = Path(sys.executable).parent
 BASE, RUN, DATA = "runs/demo_base", "runs/demo", "data_digits"
 BUDGET = 600
+BARS = (  # what the demo is expected to reach: (name, how to read it from summary.json, comparison, bound)
+    ("base: class accuracy", lambda s: s["base"]["class_accuracy"], ">=", 0.95),
+    ("base: FID", lambda s: s["base"]["fid"], "<=", 10.0),
+    ("pruned: depth", lambda s: s["pruned"]["depth"], "<=", 4),
+    ("pruned: class accuracy", lambda s: s["pruned"]["class_accuracy"], ">=", 0.95),
+    ("pruned: FID", lambda s: s["pruned"]["fid"], "<=", 12.0),
+    ("speed-up at batch 64", lambda s: s["speedup"]["64"], ">=", 1.8),
+    ("resizes", lambda s: s["resizes"], ">=", 2),
+    ("total seconds", lambda s: s["total_seconds"], "<=", BUDGET),
+)
 
 
 def phases(num_ranks: int, extra: list[str]) -> list[tuple[str, int, list[str], Path]]:
@@ -47,6 +57,7 @@ def main() -> int:
     """Run every phase that is not done yet; returns the exit status of the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="delete the results of an earlier demo first")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 when a figure misses its bar")
     parser.add_argument("--ranks", type=int, default=2, help="processes of the training (default 2)")
     parser.add_argument("settings", nargs="*", help="key=value settings passed to both trainings")
     options = parser.parse_args()
@@ -76,7 +87,9 @@ def main() -> int:
     Path(RUN, "summary.json").write_text(json.dumps(summary, indent=2))
     subprocess.run([str(BIN / "entprune-ds"), "report", RUN], check=True, stdout=subprocess.DEVNULL)
     show(times, options.ranks)
-    return 0
+    missed = show_bars(summary)
+    print(f"summary: {RUN}/summary.json\nreport:  {Path(RUN, 'report.html').resolve()}")
+    return int(options.strict and bool(missed))
 
 
 def summarize(times: dict[str, float]) -> dict[str, Any]:
@@ -96,6 +109,17 @@ def summarize(times: dict[str, float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def show_bars(summary: dict[str, Any]) -> list[str]:
+    """Print every figure beside its bar; returns the names of those that miss it."""
+    missed = []
+    for name, read, comparison, bound in BARS:
+        value = read(summary)
+        if not (value >= bound if comparison == ">=" else value <= bound):
+            missed.append(name)
+        print(f"  {'MISSED' if name in missed else 'ok':7}{name}: {value:.4g} ({comparison} {bound:g})")
+    return missed
+
+
 def show(times: dict[str, float], num_ranks: int) -> None:
     """The closing tables."""
     from rich.console import Console
@@ -112,7 +136,6 @@ def show(times: dict[str, float], num_ranks: int) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     show_figures(json.loads(Path(RUN, "evaluation.json").read_text()))
-    console.print(f"summary: {RUN}/summary.json\nreport:  {Path(RUN, 'report.html').resolve()}", soft_wrap=True)
 
 
 if __name__ == "__main__":

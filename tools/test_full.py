@@ -21,7 +21,9 @@ STATE, TABLE = ROOT / "build" / "test_full.json", ROOT / "docs" / "TEST_FULL.md"
 
 def commit() -> str:
     """Short commit of the working tree, with a mark when it has changes."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
     changed = [line for line in status.splitlines() if not line.endswith("docs/TEST_FULL.md")]
     return head + ("+changes" if changed else "")
@@ -63,7 +65,12 @@ def main() -> int:
 
 def table(now: str, results: dict) -> str:
     """The result as Markdown."""
-    lines = ["# Full test matrix", "", f"`make test-full`, {datetime.now(UTC):%Y-%m-%d}, commit {now}, 2 CPU cores.", ""]
+    lines = [
+        "# Full test matrix",
+        "",
+        f"`make test-full`, {datetime.now(UTC):%Y-%m-%d}, commit {now}, 2 CPU cores.",
+        "",
+    ]
     lines += ["| file | passed | failed | skipped | seconds |", "|---|---|---|---|---|"]
     for name, r in sorted(results.items()):
         bad = int(r.get("failed", 0)) + int(r.get("error", 0))

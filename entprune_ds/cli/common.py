@@ -53,8 +53,8 @@ def _field_docs() -> dict[str, dict[str, str]]:
 
 
 def refuse(problems: list[str]) -> int:
-    """Print every problem on its own line, on rank 0 of a launched job; returns the exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print every problem on its own line, once per node of a launched job; returns the exit status 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
     return 2

@@ -184,13 +184,13 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     """Fill an engine of the checkpoint's depth, at any world size and ZeRO stage. Collective.
 
     Raises:
-        ValueError: when names or shapes differ from the model, listing them.
+        DistributedError: on all ranks, when names or shapes differ from the model, listing them.
     """
     saved = {n: tuple(s) for n, s in checkpoint.manifest["shapes"].items()}
     wrong = sorted(n for n in saved.keys() | engine.shapes.keys() if saved.get(n) != engine.shapes.get(n))
     if wrong:
         message = f"{checkpoint.folder} holds another model; parameters that differ: {', '.join(wrong[:8])}"
-        raise ValueError(
+        raise comm.DistributedError(
             message + f"{' ...' if len(wrong) > 8 else ''}. Use the config of that run, or another run.name."
         )
     read = range_reader(checkpoint)

@@ -107,7 +107,8 @@ def architecture_problems(wanted: ModelConfig, folder: Path) -> list[str]:
     a, b = to_dict(wanted), to_dict(found)
     keys = [k for k in a if k not in ("weights", "kept_blocks") and a[k] != b[k]]
     problems = [f"`model.{k}` is {a[k]}, but `model.weights` ({folder}) has {b[k]}. Make them equal." for k in keys]
-    if wanted.kept_blocks is not None and not set(wanted.kept_blocks) <= set(found.blocks):
-        missing = sorted(set(wanted.kept_blocks) - set(found.blocks))
-        problems.append(f"`model.kept_blocks` names blocks {missing} that `model.weights` ({folder}) no longer has.")
+    missing = sorted(set(wanted.blocks) - set(found.blocks))
+    if missing and not keys:
+        message = f"`model.weights` ({folder}) no longer has blocks {missing}. "
+        problems.append(message + f"Set model.kept_blocks={list(found.blocks)}, or a part of them.")
     return problems

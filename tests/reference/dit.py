@@ -73,24 +73,25 @@ def positions(width: int, side: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def forward(w: Weights, z: Tensor, t: Tensor, labels: Tensor, *, blocks: list[int], heads: int, patch: int) -> Tensor:
-    """z (N,C,H,W), t (N,), labels (N,) -> (N,C,H,W), with the named blocks only."""
-    return torch.stack(
-        [_one(w, z[n], float(t[n]), int(labels[n]), blocks=blocks, heads=heads, patch=patch) for n in range(len(z))]
-    )
+def forward(
+    w: Weights, z: Tensor, t: Tensor, labels: Tensor, *, blocks: list[int], heads: int, positions: Tensor
+) -> Tensor:
+    """z (N,C,H,W), t (N,), labels (N,), positions (T,D) -> (N,C,H,W), with the named blocks only."""
+    images = [_one(w, z[n], float(t[n]), int(labels[n]), blocks, heads, positions) for n in range(len(z))]
+    return torch.stack(images)
 
 
-def _one(w: Weights, z: Tensor, t: float, label: int, *, blocks: list[int], heads: int, patch: int) -> Tensor:
+def _one(w: Weights, z: Tensor, t: float, label: int, blocks: list[int], heads: int, positions: Tensor) -> Tensor:
     channels, height, width = z.shape
-    side = height // patch
     kernel, bias = w["x_embedder.proj.weight"], w["x_embedder.proj.bias"]
+    patch = kernel.shape[-1]
+    side = height // patch
     tokens = []
     for row in range(side):
         for column in range(side):
             piece = z[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
             tokens.append((kernel * piece).sum(dim=(1, 2, 3)) + bias)
-    x = torch.stack(tokens)
-    x = x + positions(x.shape[1], side).float().double()  # the table of the official code is float32
+    x = torch.stack(tokens) + positions
     c = linear(w, "t_embedder.mlp.2", silu(linear(w, "t_embedder.mlp.0", timestep_features(t))))
     c = c + w["y_embedder.embedding_table.weight"][label]
     for index in blocks:
