@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ class DistributedError(RuntimeError):
 
 class RankError(RuntimeError):
     """An error of one rank alone, such as a damaged shard; the other ranks lose contact when it leaves."""
+
+
+_progress = time.monotonic()
+
+
+def mark_progress() -> None:
+    """Note that this rank is getting on; every collective here does it, and long local work should."""
+    global _progress
+    _progress = time.monotonic()
+
+
+def seconds_without_progress() -> float:
+    """Monotonic seconds since the last mark_progress()."""
+    return time.monotonic() - _progress
 
 
 def rank() -> int:
@@ -103,12 +118,14 @@ def barrier() -> None:
     """Wait for all ranks. Collective."""
     if world_size() > 1:
         dist.barrier()
+    mark_progress()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place; returns the tensor. Collective."""
     if world_size() > 1:
         dist.all_reduce(tensor)
+    mark_progress()
     return tensor
 
 
@@ -118,6 +135,7 @@ def all_gather(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     gathered = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(gathered, tensor.contiguous())
+    mark_progress()
     return gathered
 
 

@@ -15,7 +15,7 @@ class RunConfig:
     seed: int = 0
     """Seed of everything random; every draw is a pure function of (seed, purpose, step, slot)."""
     timeout_seconds: int = 300
-    """Longest time a rank waits in a collective before the job ends with an error."""
+    """Longest time a rank may go without progress (a step, a collective) before the job ends with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import os
 import shutil
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +84,32 @@ def check_space(folder: Path, needed_bytes: int) -> str | None:
     need, have = needed_bytes / 2**30, free / 2**30
     message = f"{folder} has {have:.2f} GiB free, but two checkpoints of this model need {need:.2f} GiB. "
     return message + "Free space or choose another `run.root`."
+
+
+@contextmanager
+def watched(seconds: float, folder: Path) -> Iterator[None]:
+    """End this process when it makes no progress for `seconds`: a hanging peer must not hold the job for ever.
+
+    The process groups that DeepSpeed makes have time-outs of their own (30 minutes), which nothing can set.
+    The stacks of all threads are dumped first. A single rank has nobody to wait for and is not watched.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(min(1.0, seconds / 4)):
+            if comm.seconds_without_progress() > seconds:
+                faulthandler.dump_traceback(all_threads=True)
+                text = f"rank {comm.rank()} made no progress for {seconds:.0f} s (run.timeout_seconds): it has lost "
+                _say(text + f"contact with another rank, or hangs itself (stacks above). {_remedy(folder)}")
+                _leave(75)
+
+    comm.mark_progress()
+    if comm.world_size() > 1:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextmanager

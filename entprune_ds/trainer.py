@@ -18,7 +18,7 @@ from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
-from entprune_ds.faults import explained, locked_run_folder, raise_on_signals
+from entprune_ds.faults import explained, locked_run_folder, raise_on_signals, watched
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision
@@ -38,13 +38,15 @@ def train(config: Config, arguments: list[str]) -> None:
     with explained(config.run_dir):
         joined = comm.init(config.run.timeout_seconds)
         with locked_run_folder(config.run_dir):
-            run = open_run(config, arguments)
-            try:
-                loop(run)
-                finish(run)
-            except BaseException:
-                run.monitor.finish(exit_code=1)
-                raise
+            with watched(config.run.timeout_seconds, config.run_dir):
+                run = open_run(config, arguments)
+                try:
+                    loop(run)
+                    conclude(run)
+                except BaseException:
+                    run.monitor.finish(exit_code=1)
+                    raise
+            hand_over(run)
         if joined:
             comm.shutdown()
 
@@ -80,6 +82,7 @@ def one_step(run: Run) -> Tensor:
     loss, _ = train_step(engine, draws.split(engine.ds.train_micro_batch_size_per_gpu()), loss_per_example)
     engine.update_ema(config.train.ema_decay)
     run.step += 1
+    comm.mark_progress()
     return loss
 
 
@@ -132,11 +135,15 @@ def examples_of(config: Config, check: int) -> Examples:
     return examples
 
 
-def finish(run: Run) -> None:
-    """Last validation, samples and checkpoint; the export is made from that checkpoint."""
+def conclude(run: Run) -> None:
+    """Last validation, samples and checkpoint. Collective."""
     validate(run)
     sample_grid(run, "final")
     checkpoint(run)
+
+
+def hand_over(run: Run) -> None:
+    """Rank 0 exports the model from the last checkpoint and closes the monitor."""
     if comm.is_main():
         newest = read_checkpoint(run.folder / "checkpoints" / f"step_{run.step:08d}")
         out = export_checkpoint(newest, run.folder / "model", weights="ema")

@@ -154,3 +154,15 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_parameters(digits, tm
     text = (tmp_path / "log").read_text()
     assert text.count("holds another model") == 1
     assert "blocks." in text
+
+
+@pytest.mark.full
+def test_a_rank_that_stands_still_ends_the_job_at_the_time_out(digits, tmp_path):
+    log = tmp_path / "log"
+    process = launch(words(digits, tmp_path, "still", *LONG, "run.timeout_seconds=10"), log)
+    wait_for_step(tmp_path / "still", 12, process)
+    os.kill(rank_pids(log)[1], signal.SIGSTOP)
+    start = time.monotonic()
+    assert finish(process, seconds=60) != 0
+    assert time.monotonic() - start < 60
+    assert "lost contact with another rank" in log.read_text()

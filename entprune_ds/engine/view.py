@@ -82,6 +82,7 @@ class ShardedView:
         full = gather_full(self.engine, names, self.key)
         _load(self.spare, {n.removeprefix(prefix): t for n, t in full.items()})
         self.gathers += 1
+        comm.mark_progress()
         return self.spare
 
     def head(self, x: Tensor, c: Tensor) -> Tensor:
