@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -102,6 +103,8 @@ def open_folder(config: Config, arguments: list[str], step: int, decisions: list
             write_text(folder / "config.yaml", to_yaml(config))
             command = launch_command(arguments, comm.world_size())
             write_text(folder / "env.json", json.dumps(environment(config, comm.world_size(), command), indent=2))
+            for unfinished in (folder / "checkpoints").glob(".writing_*"):
+                shutil.rmtree(unfinished)
             rewind_metrics(folder, step)
             write_decisions(folder / "decisions.jsonl", decisions)
         except OSError as problem:

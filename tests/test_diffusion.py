@@ -12,6 +12,7 @@ from entprune_ds.diffusion.guidance import with_guidance
 from entprune_ds.diffusion.interpolant import expand, linear_path
 from entprune_ds.diffusion.objective import loss_per_example, make_draws
 from entprune_ds.diffusion.samplers import SAMPLERS, euler, heun
+from entprune_ds.rng import uniform_per_slot
 from tests.reference.toys import draws, random_dit
 
 SHAPE = (2, 3, 3)
@@ -83,12 +84,18 @@ def test_other_draws_have_other_noise_and_times(change):
     assert not torch.isclose(first.t, other.t).any() and not torch.isclose(first.target, other.target).all(1).any()
 
 
+def test_steps_and_slots_do_not_run_into_each_other():
+    a, b = uniform_per_slot(0, "train", 1, [23]), uniform_per_slot(0, "train", 12, [3])
+    assert not torch.equal(a, b) and torch.equal(a, uniform_per_slot(0, "train", 1, [23]))
+
+
 def test_noise_times_and_dropout_are_independent_of_each_other():
     latents, labels = batch(2000)
     made = make_draws(latents, labels, range(2000), seed=0, purpose="train", step=0, label_dropout=0.5, null_label=10)
     noise = (latents - made.target).double()
-    columns = torch.stack([noise[:, 0, 0, 0], made.t.double(), (made.labels == 10).double(), noise[:, 1, 2, 2]])
-    off_diagonal = torch.corrcoef(columns) - torch.eye(4, dtype=torch.float64)
+    first, last = noise[:, 0, 0, 0], noise[:, 1, 2, 2]
+    columns = [first, last, first.square(), last.square(), made.t.double(), (made.labels == 10).double()]
+    off_diagonal = torch.corrcoef(torch.stack(columns)) - torch.eye(6, dtype=torch.float64)
     assert off_diagonal.abs().max() < 4 / math.sqrt(2000)
     assert abs(noise.mean()) < 4 / math.sqrt(noise.numel())
     assert abs(noise.square().mean() - 1) < 4 * math.sqrt(2 / noise.numel())
@@ -181,7 +188,7 @@ def test_times_go_from_noise_to_data_in_equal_steps():
     seen: list[tuple[int, float]] = []
 
     def velocity(z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        assert t.shape == (3,) and torch.equal(y, LABELS) and (t == t[0]).all()
+        assert t.shape == (3,) and t.dtype == z.dtype and torch.equal(y, LABELS) and (t == t[0]).all()
         seen.append((len(seen), t[0].item()))
         return torch.zeros_like(z)
 

@@ -50,15 +50,21 @@ def test_every_block_of_xl_has_the_same_known_size():
     assert full - count_parameters(model_config("SiT-XL/2", kept_blocks=tuple(range(1, 28)))) == BLOCK
 
 
-@pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
-def test_the_published_sizes(size, millions):
+PUBLISHED = {"S": (12, 384, 6, 33), "B": (12, 768, 12, 130), "L": (24, 1024, 16, 458), "XL": (28, 1152, 16, 675)}
+"""Depth, width, heads, millions of parameters (Peebles & Xie 2023, table 1)."""
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_published_sizes(size):
+    depth, width, heads, millions = PUBLISHED[size]
     config = model_config(f"SiT-{size}/2")
-    assert (config.depth, config.hidden_size, config.num_heads) == SIZES[size]
+    assert (config.depth, config.hidden_size, config.num_heads) == (depth, width, heads)
     assert (config.patch_size, config.learn_sigma, config.num_classes, config.mlp_ratio) == (2, True, 1000, 4.0)
     assert round(count_parameters(config) / 1e6) == pytest.approx(millions, abs=1)
 
 
 def test_every_listed_name_is_known_and_others_are_refused_with_the_list():
+    assert SIZES.keys() == PUBLISHED.keys() and PATCHES == (2, 4, 8)
     for size in SIZES:
         for patch in PATCHES:
             assert model_config(f"SiT-{size}/{patch}").patch_size == patch
@@ -84,6 +90,9 @@ def test_parameter_names_are_those_of_the_public_releases():
     assert shapes["blocks.1.adaLN_modulation.1.weight"] == (6 * 384, 384)
     assert shapes["final_layer.linear.weight"] == (2 * 2 * 8, 384)
     assert set(model.state_dict()) == set(shapes)  # no positions: they are computed
+    with torch.device("meta"):
+        narrow = DiT(model_config("SiT-S/2", depth=1, mlp_ratio=2.5))
+    assert narrow.blocks["0"].mlp.fc1.weight.shape == (960, 384)
 
 
 def test_a_pruned_model_keeps_the_names_and_weights_of_its_blocks():

@@ -171,3 +171,24 @@ def brute_force(export: str, digits: str) -> dict[str, dict[str, float]]:
         rise = (outputs[block] - target).square().mean() - (full - target).square().mean()
         result["loss"][str(block)] = rise.item()
     return result
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_never_silently_restarted(digits, tmp_path, capsys):
+    from entprune_ds import comm
+    from entprune_ds.engine.checkpoint import find_checkpoint
+
+    run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "a", "train.num_steps=8")])
+    root, warnings = tmp_path / "a" / "checkpoints", []
+    newest = find_checkpoint(root, warnings.append)
+    assert (newest.step, warnings) == (8, [])
+    data = (newest.folder / "rank_00000.safetensors").read_bytes()
+    (newest.folder / "rank_00000.safetensors").write_bytes(data[:-1])  # truncated
+    assert find_checkpoint(root, warnings.append).step == 4
+    assert "step_00000008 is damaged" in warnings[0]
+    for folder in root.glob("step_*"):
+        path = folder / "rank_00000.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1  # a flipped bit, same size
+        path.write_bytes(data)
+    with pytest.raises(comm.DistributedError, match="none of the 3 checkpoints"):
+        find_checkpoint(root, warnings.append)

@@ -43,12 +43,16 @@ def main(argv: list[str] | None = None) -> int:
         problems.append(f"`run`: {folder} has no checkpoints. Give RUNS/NAME of a training run.")
     if problems:
         return refuse(problems)
+    from entprune_ds.comm import DistributedError
     from entprune_ds.engine.checkpoint import find_checkpoint
     from entprune_ds.export import export_checkpoint
 
-    checkpoint = find_checkpoint(folder / "checkpoints", lambda text: print(f"warning: {text}", file=sys.stderr))
+    try:
+        checkpoint = find_checkpoint(folder / "checkpoints", lambda text: print(f"warning: {text}", file=sys.stderr))
+    except DistributedError as error:
+        return refuse([str(error)])
     if checkpoint is None:
-        return refuse([f"{folder / 'checkpoints'} holds no intact checkpoint. Train first."])
+        return refuse([f"{folder / 'checkpoints'} holds no checkpoint. Train first."])
     try:
         out = export_checkpoint(checkpoint, Path(given.get("out", folder / "model")), weights)
     except OSError as error:

@@ -153,6 +153,10 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | Non
     """The newest intact checkpoint, or None. Collective: all ranks check some files, all get the same answer.
 
     Broken ones (truncated, checksum wrong) are reported through `warn` and the one before is used.
+
+    Raises:
+        DistributedError: on all ranks, when there are checkpoints and none is intact: starting again from step 0
+            would overwrite them.
     """
     found = comm.broadcast_json(sorted((p.name for p in root.glob("step_*")), reverse=True) if comm.is_main() else None)
     for name in found:
@@ -160,6 +164,9 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | Non
         if not problems:
             return read_checkpoint(root / name)
         warn(f"checkpoint {name} is damaged and is not used: {problems[0]}.")
+    if found:
+        message = f"none of the {len(found)} checkpoints in {root} is intact. Restore one, or move the run folder away "
+        raise comm.DistributedError(message + "to start again.")
     return None
 
 

@@ -27,7 +27,8 @@ def scores(export: str, shards: str, zero_stage: int, out: str) -> dict:
     from entprune_ds.engine.view import ShardedView
     from entprune_ds.importance.scores import scores_as_json
     from entprune_ds.interop.safetensors import read_export
-    from entprune_ds.trainer import examples_of, load_weights
+    from entprune_ds.run_state import load_weights
+    from entprune_ds.trainer import examples_of
     from tests.tiny import tiny_config
 
     model, _ = read_export(Path(export))
