@@ -142,7 +142,7 @@ def all_gather(tensor: Tensor) -> list[Tensor]:
 def all_gather_json(value: Any) -> list[Any]:
     """The plain values of all ranks, in rank order. Collective."""
     if world_size() == 1:
-        return [value]
+        return [json.loads(json.dumps(value))]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
     sizes = all_gather(torch.tensor([data.numel()], device=device()))
     padded = torch.zeros(int(max(s.item() for s in sizes)), dtype=torch.uint8, device=device())
@@ -153,6 +153,8 @@ def all_gather_json(value: Any) -> list[Any]:
 
 def broadcast_json(value: Any, source: int = 0) -> Any:
     """The plain value of rank `source`, on all ranks. Collective."""
+    if world_size() == 1:
+        return all_gather_json(value)[0]
     return all_gather_json(value if rank() == source else None)[source]
 
 

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 PRESETS = Path(__file__).parent / "presets"
+FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 class ConfigError(ValueError):
@@ -76,24 +78,19 @@ def load_config(arguments: list[str], check: typing.Callable[[Config], list[str]
         ConfigError: listing every unknown key, bad value and impossible combination.
     """
     problems: list[str] = []
-    preset, overrides = "", []
+    preset, layers = "", []
     for word in arguments:
-        key, equals, value = word.partition("=")
+        key, equals, text = word.partition("=")
         if not equals or not key:
             problems.append(f"`{word}` is not of the form key=value. See --help.")
         elif key == "preset":
-            preset = value
+            preset = text
         else:
-            overrides.append(word)
-    tree: Any = OmegaConf.create({})
-    for source in [lambda: _read_preset(preset)] + [lambda w=word: OmegaConf.from_dotlist([w]) for word in overrides]:
-        try:
-            tree = OmegaConf.merge(tree, source())
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, AttributeError) as error:
-            problems.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    values = OmegaConf.to_container(tree, resolve=False)
-    problems += _interpolations(values)
-    config = config_from_dict(values, problems) if isinstance(values, dict) else Config()
+            layers.append(_layer(key, text, problems))
+    layers.insert(0, _read_preset(preset, problems))
+    interpolations = [p for layer in layers for p in _interpolations(layer)]
+    problems += interpolations
+    config = config_from_dict({} if interpolations else _merge(layers, problems), problems)
     if not problems:
         problems = (check or problems_of)(config)
     if problems:
@@ -101,14 +98,58 @@ def load_config(arguments: list[str], check: typing.Callable[[Config], list[str]
     return config
 
 
-def _read_preset(name: str) -> Any:
+def _layer(key: str, text: str, problems: list[str]) -> dict:
+    """`section.name=text` as nested values; text stays as written where the setting is text."""
+    section, dot, name = key.partition(".")
+    if "." in name:
+        problems.append(f"`{key}` is not a setting. Settings are SECTION.NAME, see --help.")
+        return {}
+    if not dot:
+        return {section: _yaml_value(text)}
+    cls = typing.get_type_hints(Config).get(section)
+    hint = typing.get_type_hints(cls).get(name) if cls else None
+    return {section: {name: text if hint is str else _yaml_value(text)}}
+
+
+def _yaml_value(text: str) -> Any:
+    """A YAML value, or the text itself where it is none (or refers to itself)."""
+    try:
+        value = yaml.safe_load(text)
+        json.dumps(value)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return text
+    return value
+
+
+def _read_preset(name: str, problems: list[str]) -> dict:
     if not name:
-        return OmegaConf.create({})
+        return {}
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
-        raise ValueError(f"preset `{name}` does not exist. Choose one of {', '.join(known)}, or give a .yaml file.")
-    return OmegaConf.load(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+        json.dumps(values)
+    except (OSError, ValueError) as error:
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        problems.append(f"preset `{name}` {why}. Choose one of {known}, or give a .yaml file.")
+        return {}
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        problems.append(f"preset `{name}` is not plain YAML: {' '.join(str(error).split())}.")
+        return {}
+    if not isinstance(values, dict | None):
+        problems.append(f"preset `{name}` must hold sections of settings, such as `model:`.")
+        return {}
+    return values or {}
+
+
+def _merge(layers: list[dict], problems: list[str]) -> dict:
+    """Later layers win. The values hold no interpolations: they were refused before."""
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=False)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        problems.append(f"the settings cannot be combined: {str(error).splitlines()[0]}")
+        return {}
+    return typing.cast(dict, merged)
 
 
 def _interpolations(values: Any, path: str = "") -> list[str]:
@@ -152,7 +193,7 @@ def _section(cls: type, values: Any, path: str, problems: list[str]) -> Any:
         else:
             try:
                 chosen[key] = _convert(value, hints[key])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 problems.append(f"`{name}` must be {_describe(hints[key])}, got {value!r}.")
     return cls(**chosen)
 
@@ -167,6 +208,8 @@ def _convert(value: Any, hint: Any) -> Any:
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise ValueError
         return tuple(_convert(v, args[0]) for v in value)
+    if hint is float and isinstance(value, str) and FLOAT.fullmatch(value):
+        value = float(value)  # YAML 1.1 takes 1e-3 for text
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise ValueError

@@ -6,6 +6,7 @@ from typing import Any
 
 from entprune_ds.config_schema import Config
 
+MAX_DEPTH = 4096
 CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit")
 
 
@@ -33,6 +34,7 @@ def problems_of(config: Config) -> list[str]:
     positive("run", config.run, "timeout_seconds")
     keys = ("depth", "hidden_size", "num_heads", "mlp_ratio", "patch_size", "input_size", "in_channels", "num_classes")
     positive("model", model, *keys)
+    require(model.depth <= MAX_DEPTH, f"`model.depth` must be at most {MAX_DEPTH}, got {model.depth}.")
     one_of("model.process", model.process, ("sit",))
     if not found:
         divides = model.hidden_size % model.num_heads == 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entprune_ds import comm
-from entprune_ds.config import Config, PruneConfig
+from entprune_ds.config import Config, ModelConfig, PruneConfig
 from entprune_ds.diffusion.objective import Draws, loss_per_example, make_draws
 from entprune_ds.importance.criteria import CRITERIA, removal_order
 from entprune_ds.importance.ntk import ntk_score
@@ -28,8 +28,8 @@ from entprune_ds.rng import generator_for
 Examples = Callable[[str, int], tuple[Tensor, Tensor]]
 """examples(purpose, count) -> the next latents (count,C,H,W) and labels (count,) of a purpose, equal on all ranks."""
 
-STACK_LIMIT = {"cpu": 256, "cuda": 4096}
-"""Examples (variants x draws) of one block evaluation of the sweep: bounds its memory, fits the caches."""
+WIDEST_ACTIVATION = {"cpu": 2**23, "cuda": 2**30}
+"""Bytes of the widest activation (MLP) in one block evaluation of the sweep: bounds its memory, fits CPU caches."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def run_check(
     """
     prune, seed = config.prune, config.run.seed
     start = time.perf_counter()
-    scores = sweep_scores(parts, kept_blocks, prune, seed, check, examples)
+    scores = sweep_scores(parts, kept_blocks, config, check, examples)
     comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
     target = config.prune.target_depth or 1
     order = removal_order(
@@ -82,11 +82,10 @@ def run_check(
     return decision, CheckTimes(swept - start, time.perf_counter() - swept)
 
 
-def sweep_scores(
-    parts: Parts, kept_blocks: tuple[int, ...], prune: PruneConfig, seed: int, check: int, examples: Examples
-) -> Scores:
+def sweep_scores(parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, examples: Examples) -> Scores:
     """One-sweep leave-one-out scores over the calibration draws, split across ranks. Collective."""
-    groups, chunk = prune.calibration_draws // prune.calibration_batch, STACK_LIMIT[comm.device().type]
+    prune, seed, chunk = config.prune, config.run.seed, stack_chunk(config.model, parts.dtype)
+    groups = prune.calibration_draws // prune.calibration_batch
     statistics: SweepStatistics | None = None
     for group in range(groups):
         latents, labels = examples("calibration", prune.calibration_batch)
@@ -98,7 +97,18 @@ def sweep_scores(
         statistics.update(group, outputs, mine.target, loss_per_example)
         get_logger().debug("scored calibration batch %d of %d", group + 1, groups)
     assert statistics is not None  # groups >= 2 is checked with the config
-    return score_blocks(statistics.reduce(), kept_blocks, entropy_needed=CRITERIA[prune.criterion].needs_entropy)
+    groups_of_all_ranks = statistics.reduce()
+    try:
+        return score_blocks(groups_of_all_ranks, kept_blocks, entropy_needed=CRITERIA[prune.criterion].needs_entropy)
+    except ValueError as problem:  # the same on all ranks: the statistics are
+        raise comm.DistributedError(f"check {check + 1}: {problem}") from problem
+
+
+def stack_chunk(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Examples (variants x draws) that one block evaluation takes at once within WIDEST_ACTIVATION."""
+    tokens = (model.input_size // model.patch_size) ** 2
+    widest = tokens * int(model.hidden_size * model.mlp_ratio) * dtype.itemsize
+    return max(1, WIDEST_ACTIVATION[comm.device().type] // widest)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -30,7 +31,10 @@ def environment(config: Config, world_size: int, command: str) -> dict[str, Any]
 def launch_command(arguments: list[str], world_size: int) -> str:
     """The command line that repeats this run, quoted for a shell."""
     words = " ".join(shlex.quote(a) for a in arguments)
-    return f"deepspeed --num_gpus {world_size} --module entprune_ds.cli.train {words}"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+    nodes = f"--num_nodes {world_size // local} " if world_size > local else ""
+    launcher = "python -m" if world_size == 1 else f"deepspeed {nodes}--num_gpus {local} --module"
+    return f"{launcher} entprune_ds.cli.train {words}"
 
 
 def commit() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import fcntl
 import os
@@ -67,7 +68,12 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
 def _lock(folder: Path) -> IO[str]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = open(folder / "lock", "a+")  # noqa: SIM115 - the open file is the lock
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        get_logger().warning("%s has no file locks: make sure that no other job uses this run folder", folder)
     handle.seek(0)
     handle.truncate()
     job = os.environ.get("SLURM_JOB_ID")
@@ -114,36 +120,60 @@ def watched(seconds: float, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Run the training; whatever ends it becomes one clear message and an exit status, and no rank lingers.
-
-    Status: 128 + signal when interrupted, 75 when another rank is gone, 2 for an error with a remedy (of this rank,
-    or raised by all together), 1 for anything else (with its traceback).
-    """
+    """Run the training; whatever ends it becomes one clear message and an exit status, and no rank lingers."""
     try:
         yield
-    except Interrupted as stop:
-        _say(f"stopped by {stop}. {_remedy(folder)}")
-        _leave(128 + stop.number)
-    except comm.RankError as error:
-        _say(f"{error} {_remedy(folder)}")
-        _leave(2)
-    except comm.DistributedError as error:
-        if comm.is_main():
-            _say(str(error))
-        _leave(2)
-    except Exception as error:
-        if not _is_lost_peer(error):
-            traceback.print_exc()
-            _say(f"failed with {type(error).__name__}. {_remedy(folder)}")
-            _leave(1)
-        _say(f"rank {comm.rank()} lost contact with another rank ({str(error).splitlines()[0]}). {_remedy(folder)}")
-        _leave(75)
+    except BaseException as error:
+        _leave(tell(error, folder))
 
 
-def _is_lost_peer(error: Exception) -> bool:
+def tell(error: BaseException, folder: Path) -> int:
+    """Say once what ended this rank; from here on further signals are ignored, so that they cannot hide it.
+
+    Returns:
+        The exit status: 128 + signal when interrupted, 75 when another rank is gone, 2 for an error with a remedy (of
+        this rank, or raised by all together), 1 for anything else (with its traceback).
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    status, text = _explain(error, folder)
+    if text and not _told:
+        if status == 1:
+            traceback.print_exception(error)
+        _say(text)
+    _told.append(status)
+    return _told[0]
+
+
+_told: list[int] = []
+"""Statuses of what has been said; the first one counts."""
+
+
+def _explain(error: BaseException, folder: Path) -> tuple[int, str]:
+    if isinstance(error, Interrupted):
+        return 128 + error.number, f"stopped by {error}. {_remedy(folder)}"
+    if isinstance(error, comm.RankError):
+        return 2, f"{error} {_remedy(folder)}"
+    if isinstance(error, comm.DistributedError):
+        return 2, str(error) if comm.is_main() else ""
+    if _is_lost_peer(error):
+        return 75, f"rank {comm.rank()} lost contact with another rank ({error}). {_remedy(folder)}"
+    if isinstance(error, OSError):
+        where = error.filename or folder
+        remedy = f"Free space or choose another `run.root`. {_remedy(folder)}"
+        return 2, f"cannot read or write {where}: {error.strerror or error}. {remedy}"
+    return 1, f"failed with {type(error).__name__}. {_remedy(folder)}"
+
+
+def _is_lost_peer(error: BaseException) -> bool:
     text = str(error) if isinstance(error, RuntimeError) else ""
-    signs = ("Connection closed by peer", "Connection reset", "Timed out", "timeout", "NCCL", "Broken pipe")
-    return any(sign in text for sign in signs)
+    return any(sign in text for sign in LOST_PEER)
+
+
+LOST_PEER = (  # what gloo and NCCL say when another process is gone
+    "Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "remote process exited",
+    "communicator was aborted", "collective operation timeout",
+)  # fmt: skip
 
 
 def _remedy(folder: Path) -> str:

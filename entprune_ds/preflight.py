@@ -7,9 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from entprune_ds.config import Config, ConfigError, config_from_dict, problems_of, to_dict
+from entprune_ds.config import Config, config_from_dict, problems_of, to_dict
 from entprune_ds.data.shards import Index, check_shards, load_index
 from entprune_ds.engine.ds_config import batch_plan, read_ds_config
+from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.interop.safetensors import architecture_problems
 
 CHECKSUM_LIMIT = 2**30
@@ -44,6 +45,10 @@ def training_problems(config: Config) -> list[str]:
     resuming = (config.run_dir / "checkpoints" / "latest").is_file()
     if config.model.weights and not resuming:
         found += architecture_problems(config.model, Path(config.model.weights))
+    entropy = prune.target_depth is not None and CRITERIA[prune.criterion].needs_entropy
+    if entropy and prune.start_step == 0 and not config.model.weights and not resuming:
+        message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
+        found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
     return found + _resume_problems(config)
 
 
@@ -96,12 +101,13 @@ def _fit_problems(config: Config, index: Index, key: str) -> list[str]:
 def _resume_problems(config: Config) -> list[str]:
     """Differences from the config of an existing run folder that a resume cannot follow, both values listed."""
     path = config.run_dir / "config.yaml"
-    if not path.is_file():
-        return []
+    if not path.is_file() or not any((config.run_dir / "checkpoints").glob("step_*")):
+        return []  # nothing to resume
     try:
         old = config_from_dict(yaml.safe_load(path.read_text()))
-    except (ConfigError, yaml.YAMLError) as error:
-        return [f"{path} cannot be read ({error}). Move the run folder away or choose another `run.name`."]
+    except (ValueError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        return [f"{path} cannot be read ({why}). Move the run folder away or choose another `run.name`."]
     found, now, before = [], to_dict(config), to_dict(old)
     for section, values in now.items():
         for key, value in values.items():

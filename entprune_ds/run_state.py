@@ -79,7 +79,10 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     if found is not None:
         load_checkpoint(engine, found)
         step, record = found.step, found.manifest["record"]
-        stream.load_state(record["stream"])
+        try:
+            stream.load_state(record["stream"])
+        except ValueError as problem:  # the same on all ranks
+            raise comm.DistributedError(f"{found.folder}: {problem}") from problem
         decisions = [PruneDecision.from_json(d) for d in record["decisions"]]
         log.info("resumed from %s: step %d, depth %d", found.folder, step, engine.depth)
     elif config.model.weights:
@@ -96,7 +99,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
 
 def open_folder(config: Config, arguments: list[str], step: int, decisions: list[PruneDecision]) -> Monitor:
     """Write config.yaml and env.json, move aside what lies after `step`, and open the monitor (rank 0)."""
-    folder, error = config.run_dir, None
+    folder, error, monitor = config.run_dir, None, open_monitor(config, config.run_dir, enabled=False)
     if comm.is_main():
         try:
             error = check_space(folder, needed_bytes=2 * 16 * count_parameters(config.model))
@@ -107,10 +110,11 @@ def open_folder(config: Config, arguments: list[str], step: int, decisions: list
                 shutil.rmtree(unfinished)
             rewind_metrics(folder, step)
             write_decisions(folder / "decisions.jsonl", decisions)
+            monitor = open_monitor(config, folder, enabled=True)
         except OSError as problem:
             error = f"run folder {folder} cannot be written: {problem}. Free space or choose another `run.root`."
     comm.raise_together(error)
-    return open_monitor(config, folder, comm.is_main())
+    return monitor
 
 
 def load_weights(engine: Engine, folder: Path) -> None:

@@ -38,8 +38,10 @@ def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
     run.monitor.log(run.step, values)
     line.update(run.step, f"loss {mean:.4f}  depth {engine.depth}  {rate:.0f} examples/s")
     if not math.isfinite(mean):
-        message = f"the loss is {mean} at step {run.step}. Lower train.learning_rate or check the data, then run the "
-        raise comm.DistributedError(message + "same command: it resumes from the newest checkpoint.")
+        message = (
+            f"the loss is {mean} at step {run.step}. Check the data, or lower train.learning_rate and start under "
+        )
+        raise comm.DistributedError(message + "another run.name; the checkpoints of this run stay as they are.")
 
 
 def validate(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import torch
@@ -18,7 +19,7 @@ from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
-from entprune_ds.faults import explained, locked_run_folder, raise_on_signals, watched
+from entprune_ds.faults import explained, locked_run_folder, raise_on_signals, tell, watched
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision
@@ -43,8 +44,10 @@ def train(config: Config, arguments: list[str]) -> None:
                 try:
                     loop(run)
                     conclude(run)
-                except BaseException:
-                    run.monitor.finish(exit_code=1)
+                except BaseException as error:
+                    tell(error, config.run_dir)  # before anything that may block or be interrupted
+                    with contextlib.suppress(Exception):
+                        run.monitor.finish(exit_code=1)
                     raise
             hand_over(run)
         if joined:
@@ -129,7 +132,10 @@ def examples_of(config: Config, check: int) -> Examples:
                 config.data.shards, seed=config.run.seed, num_readers=1, shuffle_buffer=config.data.shuffle_buffer,
                 global_batch_size=count, purpose=f"{purpose}/{check}",
             )  # fmt: skip
-        batch = streams[purpose].next_batch()
+        try:
+            batch = streams[purpose].next_batch()
+        except (ValueError, OSError) as problem:
+            raise comm.RankError(f"calibration: {problem}") from problem
         return batch.latents, batch.labels
 
     return examples

@@ -128,7 +128,7 @@ def test_dropping_labels_changes_nothing_else():
     assert torch.equal(plain.labels, labels) and not torch.equal(dropped.labels, labels)
 
 
-def test_draws_split_into_micro_batches_and_move_without_losing_times():
+def test_draws_split_into_micro_batches_and_move_without_losing_precision():
     latents, labels = batch(10)
     made = make_draws(latents, labels, range(10), seed=0, purpose="train", step=0)
     parts = made.split(4)
@@ -136,8 +136,10 @@ def test_draws_split_into_micro_batches_and_move_without_losing_times():
     assert torch.equal(torch.cat([p.z_t for p in parts]), made.z_t)
     assert torch.equal(torch.cat([p.labels for p in parts]), made.labels)
     half, double = made.to(torch.device("cpu"), torch.bfloat16), made.to(torch.device("cpu"), torch.float64)
-    assert half.z_t.dtype == half.target.dtype == torch.bfloat16 and torch.equal(half.t, made.t)
-    assert double.z_t.dtype == double.t.dtype == torch.float64 and double.labels.dtype == torch.int64
+    assert half.z_t.dtype == torch.bfloat16
+    assert torch.equal(half.t, made.t) and torch.equal(half.target, made.target)  # these two stay in single precision
+    assert double.z_t.dtype == double.t.dtype == double.target.dtype == torch.float64
+    assert half.labels.dtype == double.labels.dtype == torch.int64
 
 
 # ---------------------------------------------------------------- the loss

@@ -36,7 +36,7 @@ def shards(digits, tmp_path) -> Path:
 SETTINGS = """
     model.depth=8 model.hidden_size=32 model.num_heads=4 model.input_size=8 model.in_channels=1 model.num_classes=10
     train.num_steps=1200 train.global_batch_size=128 train.learning_rate=0.001 train.lr_schedule=cosine
-    parallel.ds_config=zero1_fp32
+    parallel.ds_config=zero1_fp32 prune.criterion=loss
 """
 
 
@@ -56,8 +56,9 @@ class Job:
         return []
 
     def start(self, *more: str) -> None:
-        """Leave the run folder as a training with these settings does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Leave the run folder as a training with these settings does after its first checkpoint."""
+        (self.folder / "checkpoints" / "step_00000004").mkdir(parents=True, exist_ok=True)
+        (self.folder / "checkpoints" / "latest").write_text("step_00000004")
         (self.folder / "config.yaml").write_text(to_yaml(load_config([*self.words, *more])))
 
 
@@ -98,7 +99,7 @@ def test_problems_of_all_kinds_come_at_once(job, tmp_path):
 
 
 def test_shards_must_be_named(job):
-    [text] = job.problems('data.shards=""')
+    [text] = job.problems("data.shards=")
     assert text.startswith("`data.shards` is empty. Give a folder")
 
 
@@ -236,7 +237,7 @@ def test_the_stage_may_be_overruled_and_stage_0_is_for_single_precision(job):
     assert job.problems("parallel.ds_config=zero1_fp32", "parallel.zero_stage=0") == []
     for name in [n for n in DS_CONFIGS if n.endswith("bf16")]:
         [text] = job.problems(f"parallel.ds_config={name}", "parallel.zero_stage=0")
-        assert text.startswith("`parallel.zero_stage`: 0 is supported in fp32 only.")
+        assert "0 is supported in fp32 only" in text and text.startswith("`parallel.")
 
 
 @pytest.mark.parametrize("name", ["zero9", "zero1_bf16.json", "/nowhere/ds.json", "../ds_configs", "presets"])
@@ -245,6 +246,11 @@ def test_an_unknown_configuration_is_refused_with_the_known_names(job, name):
     assert f"`parallel.ds_config`: `{name}` is neither a file nor one of {', '.join(DS_CONFIGS)}." == text
     with pytest.raises(ValueError, match="neither a file"):
         find_ds_config(name)
+
+
+def test_a_folder_is_no_configuration(job, tmp_path):
+    [text] = job.problems(f"parallel.ds_config={tmp_path}")
+    assert "is neither a file nor one of" in text
 
 
 REFUSED = {
@@ -350,12 +356,22 @@ def test_weights_without_a_parameter_are_refused(job, weights):
 
 
 def test_a_job_that_resumes_does_not_need_its_first_weights(job, weights):
-    job.start(f"model.weights={weights}", KEPT)
+    words = [f"model.weights={weights}", KEPT, "prune.target_depth=4", "prune.criterion=ced"]
+    job.start(*words)
     shutil.rmtree(weights)
-    assert len(job.problems(f"model.weights={weights}", KEPT)) == 1
-    (job.folder / "checkpoints").mkdir()
-    (job.folder / "checkpoints" / "latest").write_text("step_00000004")
-    assert job.problems(f"model.weights={weights}", KEPT) == []
+    assert job.problems(*words) == []
+    shutil.rmtree(job.folder)
+    assert len(job.problems(*words)) == 1
+
+
+@pytest.mark.parametrize("criterion", ["ced", "ced_abs"])
+def test_entropies_of_an_untrained_model_are_refused(job, weights, criterion):
+    words = ["prune.target_depth=4", f"prune.criterion={criterion}"]
+    [text] = job.problems(*words)
+    assert text.startswith(f"`prune.criterion` {criterion} cannot score an untrained model at step 0.")
+    assert job.problems(*words, "prune.start_step=1") == []
+    assert job.problems(*words, f"model.weights={weights}", KEPT) == []
+    assert job.problems(*words[:1], "prune.criterion=random") == job.problems(*words[1:]) == []
 
 
 # ---------------------------------------------------------------- the run folder
@@ -380,9 +396,13 @@ def test_what_does_not_change_the_training_may_change_on_resume(job, change):
     assert job.problems(change) == []
 
 
-def test_the_data_may_move_on_resume(job, digits, shards):
-    job.start()
-    assert job.problems(f"data.shards={shards}/train", f"data.val_shards={digits}/val") == []
+def test_data_and_weights_and_the_run_itself_may_move_on_resume(job, digits, shards, weights, tmp_path):
+    job.start(KEPT)
+    moved = [f"data.shards={shards}/train", f"data.val_shards={digits}/val", "data.shard_size=7"]
+    assert job.problems(KEPT, f"model.weights={weights}", *moved) == []
+    shutil.copytree(tmp_path / "runs", tmp_path / "elsewhere")
+    assert job.problems(KEPT, f"run.root={tmp_path / 'elsewhere'}") == []
+    assert len(job.problems(f"run.root={tmp_path / 'elsewhere'}")) == 1  # it is that run, which has other blocks
 
 
 FIXED = {
@@ -390,7 +410,7 @@ FIXED = {
     "data.num_readers=2": "4", "data.shuffle_buffer=9": "1024", "train.global_batch_size=64": "128",
     "train.learning_rate=0.5": "0.001", "train.lr_schedule=constant": "cosine", "train.betas=[0.9,0.9]": "[0.9, 0.999]",
     "train.ema_decay=0.5": "0.9999", "train.label_dropout=0.2": "0.1", "train.grad_clip=2": "1.0",
-    "prune.target_depth=3": "None", "prune.criterion=loss": "ced", "prune.calibration_draws=2048": "1024",
+    "prune.target_depth=3": "None", "prune.criterion=random": "loss", "prune.calibration_draws=2048": "1024",
     "prune.score_only=true": "False",
 }  # fmt: skip
 
@@ -432,18 +452,22 @@ def test_more_steps_must_not_move_the_pruning_checks(job):
     "content", [b"", b"[1]", b"a: [", b"model: {deepth: 3}", b"model: {depth: x}", b"\xff\xfe", b"hello"]
 )
 def test_a_damaged_run_folder_is_refused_by_name(job, content):
-    job.folder.mkdir(parents=True)
+    job.start()
     (job.folder / "config.yaml").write_bytes(content)
     [text] = job.problems()
     assert str(job.folder / "config.yaml") in text and "choose another `run.name`" in text
 
 
-def test_an_empty_run_folder_is_a_new_run(job):
-    job.folder.mkdir(parents=True)
-    assert job.problems() == []
+def test_a_run_folder_without_a_checkpoint_is_a_new_run(job):
+    job.start()
+    assert len(job.problems("run.seed=1")) == 1
+    shutil.rmtree(job.folder / "checkpoints")
+    assert job.problems("run.seed=1") == []
+    (job.folder / "config.yaml").unlink()
+    assert job.problems("run.seed=1") == []
 
 
 def test_the_presets_that_ship_fit_the_digits(digits, tmp_path):
     for name in ("digits", "digits_prune"):
-        words = [f"preset={name}", f"data.shards={digits}/train", f"run.root={tmp_path}"]
+        words = [f"preset={name}", f"data.shards={digits}/train", f"run.root={tmp_path}", "prune.criterion=loss"]
         load_config(words, check=training_problems)

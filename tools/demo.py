@@ -74,15 +74,17 @@ def main() -> int:
         words = " ".join([Path(command[0]).name, *command[1:]])
         print(f"== {name} (budget {budget} s): {words}", flush=True)
         start = time.monotonic()
-        status = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+        try:
+            status = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+        finally:  # an interrupted phase goes on later: its times add up
+            times[name] = times.get(name, 0.0) + time.monotonic() - start
+            times_file.parent.mkdir(parents=True, exist_ok=True)
+            times_file.write_text(json.dumps(times))
         if status:
             message = f"error: phase `{name}` ended with status {status}; the same command goes on from here."
             print(message, file=sys.stderr)
             return status
-        times[name] = time.monotonic() - start
         print(f"== {name}: {times[name]:.1f} s of {budget} s", flush=True)
-        times_file.parent.mkdir(parents=True, exist_ok=True)
-        times_file.write_text(json.dumps(times))
     summary = summarize(times)
     Path(RUN, "summary.json").write_text(json.dumps(summary, indent=2))
     subprocess.run([str(BIN / "entprune-ds"), "report", RUN], check=True, stdout=subprocess.DEVNULL)

@@ -101,16 +101,21 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any]:
     if config.evaluate.baseline:
         models = {"base": (config.evaluate.baseline, config.evaluate.baseline_samples)} | models
     result: dict[str, Any] = {}
+    protocols = []
     for name, (weights, samples) in models.items():
-        result[name], protocol = figures(config, Path(weights), samples, references, extractor)
+        result[name], found = figures(config, Path(weights), samples, references, extractor)
+        protocols.append({k: v for k, v in found.items() if k not in ("depth", "kept_blocks", "step", "model")})
+    protocol = protocols[-1]
+    different = [k for k in protocol if protocols[0].get(k) != protocol[k]]
+    if different:
+        message = f"the two sets of samples differ in {', '.join(different)}, so their figures cannot be compared. "
+        raise ValueError(message + "Draw both with the same settings.")
     result |= latency(config, {name: Path(weights) for name, (weights, _) in models.items()}, result)
     result["protocol"] = protocol | {
         "reference": f"{len(references['whole'])} images, of which {len(val_images)} validation: {index.folder.parent}",
         "extractor": extractor.name,
         "extractor_test_accuracy": extractor.test_accuracy,
     }
-    for key in ("depth", "kept_blocks", "step", "model"):
-        result["protocol"].pop(key)
     return result
 
 
@@ -126,6 +131,10 @@ def figures(config: Config, weights: Path, samples: str, references: dict, extra
     else:
         images, labels, protocol = draw(config, weights)
     model, facts = read_export(weights)
+    if (protocol["step"], protocol["kept_blocks"]) != (facts["step"], facts["kept_blocks"]):
+        drawn = f"{samples} was drawn from blocks {protocol['kept_blocks']} at step {protocol['step']}"
+        held = f"{weights} holds {facts['kept_blocks']} at step {facts['step']}"
+        raise ValueError(f"{drawn}, but {held}. Run `entprune-ds sample` again.")
     size = {"depth": len(model.blocks), "original_depth": model.depth, "kept_blocks": list(model.blocks)}
     size |= {"parameters": count_parameters(model), "step": facts["step"]}
     return size | evaluate_samples(images, labels, references, extractor), protocol

@@ -22,13 +22,10 @@ class Draws:
     target: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Draws:
-        """Move to a device; z_t and target take `dtype`, t keeps f32 unless `dtype` is f64."""
-        t_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        """Move to a device; z_t takes `dtype`, t and target keep f32 unless `dtype` is f64."""
+        wide = torch.promote_types(dtype, torch.float32)
         return Draws(
-            self.z_t.to(device, dtype),
-            self.t.to(device, t_dtype),
-            self.labels.to(device),
-            self.target.to(device, dtype),
+            self.z_t.to(device, dtype), self.t.to(device, wide), self.labels.to(device), self.target.to(device, wide)
         )
 
     def split(self, size: int) -> list[Draws]:

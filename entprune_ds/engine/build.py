@@ -16,6 +16,7 @@ from entprune_ds.engine.ds_config import full_ds_config
 from entprune_ds.engine.ema import ema_decay, new_ema, update_ema
 from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
 from entprune_ds.models.dit import DiT, initial_tensor
+from entprune_ds.models.layers import position_embedding
 
 
 @dataclass
@@ -81,7 +82,10 @@ def build_engine(config: Config, model_config: ModelConfig) -> Engine:
     with torch.random.fork_rng(devices=devices):
         with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
             model = DiT(model_config)
-        if not stage3:
+        if stage3:  # zero.Init casts even the sinusoids to 16 bit, and leaves buffers where they are
+            positions = position_embedding(model_config.hidden_size, model.side)
+            model.pos_embed = positions.to(comm.device())
+        else:
             model.to(comm.device())
         train = config.train
         optimizer = torch.optim.AdamW(

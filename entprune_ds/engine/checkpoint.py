@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,6 +150,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, json.loads((folder / "manifest.json").read_text()))
 
 
+def step_folders(root: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first; copies under other names (step_00000400_backup) are not ours."""
+    ours = [p for p in root.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name)]
+    return sorted(ours, key=lambda p: int(p.name.removeprefix("step_")))
+
+
 def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest intact checkpoint, or None. Collective: all ranks check some files, all get the same answer.
 
@@ -158,7 +165,7 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | Non
         DistributedError: on all ranks, when there are checkpoints and none is intact: starting again from step 0
             would overwrite them.
     """
-    found = comm.broadcast_json(sorted((p.name for p in root.glob("step_*")), reverse=True) if comm.is_main() else None)
+    found = comm.broadcast_json([p.name for p in step_folders(root)][::-1] if comm.is_main() else None)
     for name in found:
         problems = [p for part in comm.all_gather_json(_problems(root / name)) for p in part]
         if not problems:
@@ -233,7 +240,6 @@ def range_reader(checkpoint: Checkpoint) -> Callable[[str, int, int], dict[str, 
 
 def prune_old(root: Path, keep_last: int, keep_steps: set[int]) -> None:
     """Delete all but the newest `keep_last` checkpoints and those of `keep_steps`. Rank 0 only."""
-    folders = sorted(root.glob("step_*"))
-    for folder in folders[:-keep_last]:
+    for folder in step_folders(root)[:-keep_last]:
         if int(folder.name.removeprefix("step_")) not in keep_steps:
             shutil.rmtree(folder, ignore_errors=True)

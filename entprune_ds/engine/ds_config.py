@@ -39,24 +39,39 @@ def read_ds_config(config: Config) -> dict[str, Any]:
     path = find_ds_config(config.parallel.ds_config)
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not text
         raise ValueError(f"`parallel.ds_config`: {path} is not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise ValueError(f"`parallel.ds_config`: {path} must hold a JSON object.")
-    owned = [key for key in OWNED if key in values]
-    if owned:
-        message = f"`parallel.ds_config`: {path} sets {', '.join(owned)}, which train.* and monitor.* own. Remove them."
-        raise ValueError(message)
-    zero = values.setdefault("zero_optimization", {})
+    sections = {name: values.get(name, {}) for name in ("zero_optimization", "bf16", "fp16")}
+    wrong = [name for name, section in sections.items() if not isinstance(section, dict)]
+    if wrong:
+        raise ValueError(f"`parallel.ds_config`: {path}: {', '.join(wrong)} must be a JSON object.")
+    zero = values["zero_optimization"] = dict(sections["zero_optimization"])
     if config.parallel.zero_stage is not None:
         zero["stage"] = config.parallel.zero_stage
-    if zero.setdefault("stage", 0) == 0 and values.get("bf16", {}).get("enabled"):
-        raise ValueError("`parallel.zero_stage`: 0 is supported in fp32 only. Choose stage 1, 2 or 3 for bf16.")
-    if values.get("fp16", {}).get("enabled"):
-        raise ValueError(f"`parallel.ds_config`: {path} enables fp16, which is not supported. Use bf16 or fp32.")
-    if zero.get("offload_optimizer") or zero.get("offload_param"):
-        raise ValueError(f"`parallel.ds_config`: {path} enables offload, which is not supported yet. Remove it.")
+    problem = _unsupported(values, zero, zero.setdefault("stage", 0))
+    if problem is not None:
+        raise ValueError(f"`parallel.ds_config`: {path} {problem}")
     return values
+
+
+def _unsupported(values: dict[str, Any], zero: dict[str, Any], stage: Any) -> str | None:
+    """What this version cannot run, with the remedy, or None."""
+    owned = [key for key in OWNED if key in values]
+    if owned:
+        return f"sets {', '.join(owned)}, which train.* and monitor.* own. Remove them."
+    if "bfloat16" in values:
+        return 'uses the old name "bfloat16". Call it "bf16".'
+    if type(stage) is not int or not 0 <= stage <= 3:
+        return f"has the ZeRO stage {stage!r}. Give 0, 1, 2 or 3, or set parallel.zero_stage."
+    if stage == 0 and values.get("bf16", {}).get("enabled"):
+        return "enables bf16 with ZeRO stage 0; parallel.zero_stage 0 is supported in fp32 only. Choose 1, 2 or 3."
+    if values.get("fp16", {}).get("enabled"):
+        return "enables fp16, which is not supported. Use bf16 or fp32."
+    if any(zero.get(key) for key in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")):
+        return "enables offload, which is not supported yet. Remove it."
+    return None
 
 
 def zero_stage(config: Config) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from entprune_ds import comm
 from entprune_ds.engine.build import Engine
-from entprune_ds.engine.state import state_tensor
+from entprune_ds.engine.state import Piece, state_tensor
 from entprune_ds.models.dit import DiT
 from entprune_ds.models.layers import Block
 
@@ -33,7 +33,14 @@ def gather_full(engine: Engine, names: Sequence[str], key: str) -> dict[str, Ten
     ranges = [[r for r in ranges if r[0] in wanted] for ranges in engine.layout]
     if all(len(r) == len(wanted) and all(stop - start == math.prod(shapes[n]) for n, start, stop in r) for r in ranges):
         return {p.name: part.view(p.shape).clone() for p, part in zip(mine, parts, strict=True)}  # stage 0, or one rank
-    size = max(sum(stop - start for _, start, stop in r) for r in ranges)
+    size, total = (
+        max(sum(stop - start for _, start, stop in r) for r in ranges),
+        sum(math.prod(shapes[n]) for n in names),
+    )
+    if (
+        size * comm.world_size() > 2 * total
+    ):  # few ranks hold it (ZeRO-1/2): adding zeros moves less than gathering them
+        return _sum_of_shares(mine, parts, {n: shapes[n] for n in names})
     flat = torch.zeros(size, device=comm.device())
     if parts:
         joined = torch.cat(parts)
@@ -45,6 +52,16 @@ def gather_full(engine: Engine, names: Sequence[str], key: str) -> dict[str, Ten
             full[name][start:stop] = received[offset : offset + stop - start]
             offset += stop - start
     return {n: t.view(shapes[n]) for n, t in full.items()}
+
+
+def _sum_of_shares(mine: list[Piece], parts: list[Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Full tensors as the sum over ranks; exact, because every element has one owner and x + 0 = x."""
+    full = {n: torch.zeros(math.prod(shape), device=comm.device()) for n, shape in shapes.items()}
+    for piece, part in zip(mine, parts, strict=True):
+        full[piece.name][piece.start : piece.stop] = part
+    joined = comm.all_reduce_sum(torch.cat(list(full.values())))
+    sizes = [t.numel() for t in full.values()]
+    return {n: t.view(shapes[n]) for n, t in zip(full, joined.split(sizes), strict=True)}
 
 
 class ShardedView:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from entprune_ds.config import ConfigError, ModelConfig, config_from_dict, to_dict
+from entprune_ds.config import ConfigError, ModelConfig, config_from_dict, problems_of, to_dict
 from entprune_ds.models.dit import DiT
 
 FORMAT = "entprune_ds/1"
@@ -31,7 +32,10 @@ def save_model(out: Path, names: Iterable[str], read: Callable[[str], Tensor], m
     out.mkdir(parents=True, exist_ok=True)
     weights, config = out / ".model.safetensors.writing", out / ".config.json.writing"
     tensors = {name: read(name).contiguous() for name in names}
-    save_file(tensors, weights, metadata={"format": "pt"})
+    try:
+        save_file(tensors, weights, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {weights}: {error}") from error
     architecture = to_dict(model) | {"kept_blocks": list(model.blocks)}
     architecture.pop("weights")
     text = {"format": FORMAT, "model": architecture, "kept_blocks": list(model.blocks), **facts}
@@ -58,7 +62,11 @@ def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         facts = json.loads((folder / "config.json").read_text())
         if facts.get("format") != FORMAT:
             raise ValueError(f"its format is {facts.get('format')!r}, this version reads {FORMAT!r}")
-        model = config_from_dict({"model": facts["model"]}).model
+        config = config_from_dict({"model": facts["model"]})
+        wrong = problems_of(config)
+        if wrong:
+            raise ConfigError(wrong)
+        model = config.model
     except (ConfigError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}.") from error
     return model, facts
@@ -71,15 +79,24 @@ def load_model(folder: Path) -> tuple[DiT, dict[str, Any]]:
         ValueError: listing missing, extra and mis-shaped parameters.
     """
     config, facts = read_export(folder)
-    model = DiT(config)
-    tensors = load_file(folder / "model.safetensors")
-    problems = key_report(
-        {n: tuple(p.shape) for n, p in model.named_parameters()}, {n: tuple(t.shape) for n, t in tensors.items()}
-    )
+    problems = weight_problems(config, folder)
     if problems:
         raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: " + "; ".join(problems))
-    model.load_state_dict(tensors, strict=True)
+    model, read = DiT(config), tensor_reader(folder)
+    model.load_state_dict({name: read(name) for name, _ in model.named_parameters()}, strict=True)
     return model.eval().requires_grad_(False), facts
+
+
+def weight_problems(config: ModelConfig, folder: Path) -> list[str]:
+    """Missing, extra and mis-shaped parameters of an export, from its header alone.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
+    with torch.device("meta"):
+        expected = {n: tuple(p.shape) for n, p in DiT(config).named_parameters()}
+    handle = _open(folder)
+    return key_report(expected, {n: tuple(handle.get_slice(n).get_shape()) for n in handle.keys()})  # noqa: SIM118
 
 
 def key_report(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
@@ -93,17 +110,34 @@ def key_report(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int,
 
 
 def tensor_reader(folder: Path) -> Callable[[str], Tensor]:
-    """name -> full tensor of an export, one at a time by memory map."""
-    handle = safe_open(folder / "model.safetensors", framework="pt")
+    """name -> full fp32 tensor of an export, one at a time by memory map.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
+    handle = _open(folder)
     return lambda name: handle.get_tensor(name).float()
+
+
+def _open(folder: Path) -> Any:
+    path = folder / "model.safetensors"
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): it is damaged. Export it again.") from error
 
 
 def architecture_problems(wanted: ModelConfig, folder: Path) -> list[str]:
     """How the architecture of an export differs from a config, both values listed; empty when it fits."""
     try:
         found, _ = read_export(folder)
+        wrong = weight_problems(found, folder)
     except ValueError as error:
         return [f"`model.weights`: {error}"]
+    if wrong:
+        return [
+            f"`model.weights`: {folder / 'model.safetensors'} does not fit its config.json: {'; '.join(wrong[:8])}."
+        ]
     a, b = to_dict(wanted), to_dict(found)
     keys = [k for k in a if k not in ("weights", "kept_blocks") and a[k] != b[k]]
     problems = [f"`model.{k}` is {a[k]}, but `model.weights` ({folder}) has {b[k]}. Make them equal." for k in keys]

@@ -38,7 +38,8 @@ def scores(export: str, shards: str, zero_stage: int, out: str) -> dict:
     load_weights(engine, Path(export))
     view = ShardedView(engine, "weight", torch.float64)
     prune = PruneConfig(calibration_draws=96, calibration_batch=32, ntk_samples=4, zico_batches=4, zico_batch_size=4)
-    found = scores_as_json(sweep_scores(view, model.blocks, prune, 3, 0, examples_of(config, 0)))
+    config = replace(config, prune=prune, run=replace(config.run, seed=3))
+    found = scores_as_json(sweep_scores(view, model.blocks, config, 0, examples_of(config, 0)))
     gathers = view.gathers
     draws = proxy_draws(prune, 3, 0, examples_of(config, 0))
     candidate = measure_candidate(view, model.blocks[1:], draws, prune, 3, 0)
