@@ -14,6 +14,7 @@ from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initi
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.state import create_adam_state, push_weights
 from entprune_ds.engine.view import gather_full
+from entprune_ds.models.layers import position_embedding
 from tests.tiny import tiny_config, tiny_draws
 
 STEPS_AFTER = 20
@@ -70,9 +71,10 @@ def live(folder: str, zero_stage: int, dtype: str, removals: list[list[int]]) ->
     state = public_state(engine)
     if comm.is_main():
         save_file(state, f"{folder}/live.safetensors")
-    largest = max(sum(p.numel for p in engine.pieces if p.name == n) for n in engine.shapes)
     held = sum(p.numel for p in engine.pieces)
-    return {"losses": losses, "steps": first, "ema_kept": ema_kept, "held": held, "largest": largest}
+    positions = position_embedding(config.model.hidden_size, engine.ds.module.side).to(engine.dtype)
+    same = torch.equal(engine.ds.module.pos_embed.cpu().to(engine.dtype), positions)
+    return {"losses": losses, "steps": first, "ema_kept": ema_kept, "held": held, "positions": same}
 
 
 def fresh(folder: str, zero_stage: int, dtype: str, kept_blocks: list[int], steps: int, mutations: list[str]) -> dict:
