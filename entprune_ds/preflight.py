@@ -9,6 +9,7 @@ import yaml
 
 from entprune_ds.config import Config, config_from_dict, problems_of, to_dict
 from entprune_ds.data.shards import Index, check_shards, load_index
+from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import batch_plan, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.interop.safetensors import architecture_problems
@@ -18,7 +19,8 @@ CHECKSUM_LIMIT = 2**30
 
 FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample")
 FREE_KEYS = (
-    "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size", "model.weights",
+    "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
+    "model.weights",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws",
 )  # fmt: skip
@@ -33,7 +35,7 @@ def training_problems(config: Config) -> list[str]:
     for check in (lambda: read_ds_config(config), lambda: batch_plan(config, world_size)):
         try:
             check()
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             found.append(str(error))
     prune = config.prune
     if prune.target_depth is not None and prune.calibration_batch < world_size:
@@ -42,7 +44,7 @@ def training_problems(config: Config) -> list[str]:
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
     found += _data_problems(config)
-    resuming = (config.run_dir / "checkpoints" / "latest").is_file()
+    resuming = bool(step_folders(config.run_dir / "checkpoints"))
     if config.model.weights and not resuming:
         found += architecture_problems(config.model, Path(config.model.weights))
     entropy = prune.target_depth is not None and CRITERIA[prune.criterion].needs_entropy
@@ -101,7 +103,7 @@ def _fit_problems(config: Config, index: Index, key: str) -> list[str]:
 def _resume_problems(config: Config) -> list[str]:
     """Differences from the config of an existing run folder that a resume cannot follow, both values listed."""
     path = config.run_dir / "config.yaml"
-    if not path.is_file() or not any((config.run_dir / "checkpoints").glob("step_*")):
+    if not path.is_file() or not step_folders(config.run_dir / "checkpoints"):
         return []  # nothing to resume
     try:
         old = config_from_dict(yaml.safe_load(path.read_text()))

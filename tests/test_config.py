@@ -84,6 +84,15 @@ def test_values_become_the_types_of_the_fields():
     assert config.run.name == "12" and config.prune.end_step is None and config.monitor.wandb is False
 
 
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.e-3", ".1e-2", "0.001", "+1e-3"])
+def test_numbers_may_be_written_in_any_usual_way(tmp_path, number):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"train:\n  learning_rate: {number}\n")
+    assert load_config([f"train.learning_rate={number}"]).train.learning_rate == 1e-3
+    assert load_config([f"preset={path}"]).train.learning_rate == 1e-3
+    assert problems(f"train.learning_rate={number}x")[0].startswith("`train.learning_rate` must be a number")
+
+
 def test_another_check_replaces_the_usual_one():
     assert load_config(["train.num_steps=-1"], check=lambda config: []).train.num_steps == -1
     with pytest.raises(ConfigError, match="steps: 1000"):
@@ -119,6 +128,8 @@ def test_config_error_is_a_value_error():
 
 
 def test_unknown_keys_are_refused_with_a_suggestion():
+    [text] = problems("train.num_steps.x=3")
+    assert text.startswith("`train.num_steps.x` is not a setting.")
     assert problems("model.depht=3") == ["`model.depht` is not a setting. Did you mean `model.depth`?"]
     assert problems("modle.depth=3") == ["`modle` is not a setting. Did you mean `model`?"]
     [text] = problems("train.zzzz=3")

@@ -202,6 +202,7 @@ def test_damaged_weights_are_refused_by_name(folder, size):
         lambda v: v["model"].update(hidden_size=33),
         lambda v: v["model"].update(num_heads=5),
         lambda v: v["model"].update(mlp_ratio=10**400),
+        lambda v: v["model"].update(hidden_size=2**20),  # terabytes: refused before anything is built
         lambda v: v["model"].update(depth=-1, kept_blocks=None),
     ],
 )

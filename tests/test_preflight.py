@@ -309,7 +309,7 @@ def weights(job, tmp_path) -> Path:
     config = replace(load_config(job.words).model, kept_blocks=(0, 2, 3, 4, 6, 7))
     model = DiT(config)
     tensors = {n: p.detach() for n, p in model.named_parameters()}
-    return save_model(tmp_path / "export", tensors, tensors.__getitem__, config, {"step": 1})
+    return save_model(tmp_path / "export", tensors, tensors.__getitem__, config, {"step": 1, "weights": "raw"})
 
 
 KEPT = "model.kept_blocks=[0,2,3,4,6,7]"
@@ -372,6 +372,8 @@ def test_entropies_of_an_untrained_model_are_refused(job, weights, criterion):
     assert job.problems(*words, "prune.start_step=1") == []
     assert job.problems(*words, f"model.weights={weights}", KEPT) == []
     assert job.problems(*words[:1], "prune.criterion=random") == job.problems(*words[1:]) == []
+    job.start(*words)
+    assert job.problems(*words) == []  # a resumed model is trained
 
 
 # ---------------------------------------------------------------- the run folder

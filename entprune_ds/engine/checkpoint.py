@@ -189,7 +189,7 @@ def _problems(folder: Path) -> list[str]:
                 return [f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"]
             if sha256_of(path) != entry["sha256"]:
                 return [f"{path.name} has a wrong checksum"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{type(error).__name__}: {error}"]
     return []
 

@@ -20,7 +20,7 @@ FORMAT = "entprune_ds/1"
 
 
 def save_model(out: Path, names: Iterable[str], read: Callable[[str], Tensor], model: ModelConfig, facts: dict) -> Path:
-    """Write an export; the folder is complete or not there at all.
+    """Write an export: both files whole under temporary names first, then renamed one after the other.
 
     Args:
         out: folder to write; an export in it is replaced.
@@ -67,7 +67,10 @@ def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         if wrong:
             raise ConfigError(wrong)
         model = config.model
-    except (ConfigError, ValueError, KeyError, AttributeError) as error:
+        missing = [key for key in ("weights", "step", "kept_blocks") if key not in facts]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}.") from error
     return model, facts
 
@@ -132,7 +135,7 @@ def architecture_problems(wanted: ModelConfig, folder: Path) -> list[str]:
     try:
         found, _ = read_export(folder)
         wrong = weight_problems(found, folder)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return [f"`model.weights`: {error}"]
     if wrong:
         return [
