@@ -38,10 +38,8 @@ def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
     run.monitor.log(run.step, values)
     line.update(run.step, f"loss {mean:.4f}  depth {engine.depth}  {rate:.0f} examples/s")
     if not math.isfinite(mean):
-        message = (
-            f"the loss is {mean} at step {run.step}. Check the data, or lower train.learning_rate and start under "
-        )
-        raise comm.DistributedError(message + "another run.name; the checkpoints of this run stay as they are.")
+        message = f"the loss is {mean} at step {run.step}. Check the data, or lower train.learning_rate and start "
+        raise comm.DistributedError(message + "under another run.name; the checkpoints of this run stay as they are.")
 
 
 def validate(run: Run) -> None:

@@ -33,13 +33,9 @@ def gather_full(engine: Engine, names: Sequence[str], key: str) -> dict[str, Ten
     ranges = [[r for r in ranges if r[0] in wanted] for ranges in engine.layout]
     if all(len(r) == len(wanted) and all(stop - start == math.prod(shapes[n]) for n, start, stop in r) for r in ranges):
         return {p.name: part.view(p.shape).clone() for p, part in zip(mine, parts, strict=True)}  # stage 0, or one rank
-    size, total = (
-        max(sum(stop - start for _, start, stop in r) for r in ranges),
-        sum(math.prod(shapes[n]) for n in names),
-    )
-    if (
-        size * comm.world_size() > 2 * total
-    ):  # few ranks hold it (ZeRO-1/2): adding zeros moves less than gathering them
+    size = max(sum(stop - start for _, start, stop in r) for r in ranges)
+    total = sum(math.prod(shapes[n]) for n in names)
+    if size * comm.world_size() > 2 * total:  # few ranks hold it (ZeRO-1/2): adding shares moves less than gathering
         return _sum_of_shares(mine, parts, {n: shapes[n] for n in names})
     flat = torch.zeros(size, device=comm.device())
     if parts:
@@ -55,7 +51,7 @@ def gather_full(engine: Engine, names: Sequence[str], key: str) -> dict[str, Ten
 
 
 def _sum_of_shares(mine: list[Piece], parts: list[Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Full tensors as the sum over ranks; exact, because every element has one owner and x + 0 = x."""
+    """Full tensors as the sum over ranks; exact (but for the sign of zero), because every element has one owner."""
     full = {n: torch.zeros(math.prod(shape), device=comm.device()) for n, shape in shapes.items()}
     for piece, part in zip(mine, parts, strict=True):
         full[piece.name][piece.start : piece.stop] = part
