@@ -26,7 +26,7 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), *TINY]
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     (folder / "stdout").write_text(result.stdout)
     return folder
