@@ -33,6 +33,7 @@ from entprune_ds.config_schema import (
     SampleConfig,
     TrainConfig,
 )
+from entprune_ds.plain_yaml import read_yaml
 
 __all__ = [
     "PRESETS",
@@ -114,7 +115,7 @@ def _layer(key: str, text: str, problems: list[str]) -> dict:
 def _yaml_value(text: str) -> Any:
     """A YAML value, or the text itself where it is none (or refers to itself)."""
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
         json.dumps(value)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return text
@@ -126,7 +127,7 @@ def _read_preset(name: str, problems: list[str]) -> dict:
         return {}
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path.read_text())
         json.dumps(values)
     except (OSError, ValueError) as error:
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))

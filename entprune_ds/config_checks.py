@@ -113,7 +113,9 @@ def _pruning_problems(config: Config) -> list[str]:
         return found
     if not 1 <= prune.target_depth < depth:
         remedy = "Lower it." if prune.target_depth >= depth else "Raise it to at least 1."
-        found.append(f"`prune.target_depth` must be below `model.depth` ({depth}), got {prune.target_depth}. {remedy}")
+        found.append(
+            f"`prune.target_depth` must be below the {depth} blocks of the model, got {prune.target_depth}. {remedy}"
+        )
         return found
     if prune.calibration_draws % prune.calibration_batch or prune.calibration_draws < 2 * prune.calibration_batch:
         message = "`prune.calibration_batch` must divide `prune.calibration_draws` into at least 2 groups "

@@ -28,7 +28,7 @@ from entprune_ds.interop.safetensors import tensor_reader
 from entprune_ds.logs import get_logger
 from entprune_ds.models.registry import count_parameters
 from entprune_ds.monitor.interface import Monitor
-from entprune_ds.monitor.metrics import open_monitor, rewind_metrics
+from entprune_ds.monitor.metrics import metrics_size, open_monitor, rewind_metrics
 from entprune_ds.preflight import validation_spec
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.schedule import check_steps
@@ -75,7 +75,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
         shuffle_buffer=config.data.shuffle_buffer, global_batch_size=config.train.global_batch_size,
         dp_rank=comm.rank(), dp_size=comm.world_size(), verify=True,
     )  # fmt: skip
-    step, decisions = 0, []
+    step, decisions, metrics_bytes = 0, [], 0  # a run from the start keeps no earlier line
     if found is not None:
         load_checkpoint(engine, found)
         step, record = found.step, found.manifest["record"]
@@ -84,21 +84,24 @@ def open_run(config: Config, arguments: list[str]) -> Run:
         except ValueError as problem:  # the same on all ranks
             raise comm.DistributedError(f"{found.folder}: {problem}") from problem
         decisions = [PruneDecision.from_json(d) for d in record["decisions"]]
+        metrics_bytes = record.get("metrics_bytes")
         log.info("resumed from %s: step %d, depth %d", found.folder, step, engine.depth)
     elif config.model.weights:
         load_weights(engine, Path(config.model.weights))
         log.info("started from %s at depth %d", config.model.weights, engine.depth)
     else:
         initialize_fresh(engine, config.run.seed)
-    monitor = open_folder(config, arguments, step, decisions)
+    monitor = open_folder(config, arguments, step, decisions, metrics_bytes)
     run = Run(config, engine, stream, monitor, step=step, decisions=decisions, checks=planned_checks(config))
     run.saved = step if found is not None else -1
     run.validation = validation_draws(config)
     return run
 
 
-def open_folder(config: Config, arguments: list[str], step: int, decisions: list[PruneDecision]) -> Monitor:
-    """Write config.yaml and env.json, move aside what lies after `step`, and open the monitor (rank 0)."""
+def open_folder(
+    config: Config, arguments: list[str], step: int, decisions: list[PruneDecision], metrics_bytes: int
+) -> Monitor:
+    """Write config.yaml and env.json, move aside what the checkpoint does not know, and open the monitor (rank 0)."""
     folder, error, monitor = config.run_dir, None, open_monitor(config, config.run_dir, enabled=False)
     if comm.is_main():
         try:
@@ -108,7 +111,7 @@ def open_folder(config: Config, arguments: list[str], step: int, decisions: list
             write_text(folder / "env.json", json.dumps(environment(config, comm.world_size(), command), indent=2))
             for unfinished in (folder / "checkpoints").glob(".writing_*"):
                 shutil.rmtree(unfinished)
-            rewind_metrics(folder, step)
+            rewind_metrics(folder, step, metrics_bytes)
             write_decisions(folder / "decisions.jsonl", decisions)
             monitor = open_monitor(config, folder, enabled=True)
         except OSError as problem:
@@ -157,6 +160,7 @@ def checkpoint(run: Run) -> None:
         "stream": merge_states(comm.all_gather_json(run.stream.state())),
         "decisions": [d.to_json() for d in run.decisions],
         "config": to_dict(run.config),
+        "metrics_bytes": metrics_size(run.folder),
     }
     root = run.folder / "checkpoints"
     save_checkpoint(run.engine, root, run.step, record)

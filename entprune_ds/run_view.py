@@ -56,23 +56,36 @@ def validate(run: Run) -> None:
 
 
 def sample_grid(run: Run, name: str) -> None:
-    """Samples of the EMA weights as a PNG; every rank draws its share. Skipped unless there are 1 or 3 channels."""
+    """Samples of the EMA weights as a PNG; every rank draws its share. Skipped unless there are 1 or 3 channels.
+
+    A picture that cannot be drawn or written is a warning: the training goes on.
+    """
     config, model = run.config, run.config.model
     if model.in_channels not in (1, 3):
         return
     count = -(-config.sample.grid // comm.world_size()) * comm.world_size()
     labels = make_labels("balanced", count, model.num_classes, config.sample.seed).to(comm.device())
-    view, sampler = ShardedView(run.engine, "ema"), SAMPLERS[config.sample.sampler]
-    shape = (model.in_channels, model.input_size, model.input_size)
-    mine = range(comm.rank(), count, comm.world_size())
+    view, sampler, diverged = ShardedView(run.engine, "ema"), SAMPLERS[config.sample.sampler], []
+
+    def draw(noise: Tensor, y: Tensor) -> Tensor:  # (n,C,H,W), (n,) -> (n,C,H,W)
+        images = sampler(view, noise, y, config.sample.num_steps)
+        diverged.append(not bool(torch.isfinite(images).all()))
+        return torch.nan_to_num(images)
+
     images = generate(
-        lambda noise, y: sampler(view, noise, y, config.sample.num_steps), labels[mine.start :: comm.world_size()],
-        shape=shape, seed=config.sample.seed, batch_size=config.sample.batch_size, slots=list(mine),
+        draw, labels[comm.rank() :: comm.world_size()],
+        shape=(model.in_channels, model.input_size, model.input_size), seed=config.sample.seed,
+        batch_size=config.sample.batch_size, slots=range(comm.rank(), count, comm.world_size()),
     )  # fmt: skip
     parts = comm.all_gather(torch.from_numpy(images).to(comm.device()))
+    if any(comm.all_gather_json(any(diverged))):
+        log.warning("step %d: samples contain NaN or infinite values, drawn as 0 in the grid", run.step)
     if comm.is_main():
         whole = torch.stack(parts, dim=1).flatten(0, 1)[: config.sample.grid].cpu().numpy()
         path = run.folder / "samples" / f"step_{run.step:08d}_{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        save_grid(whole, path)
+        try:
+            save_grid(whole, path)
+        except ValueError as problem:
+            log.warning("step %d: %s The training goes on.", run.step, problem)
+            return
         run.monitor.image(run.step, f"samples/{name}", path)

@@ -12,7 +12,7 @@ import pytest
 from tests.reference.imports import PACKAGE, cycle, imported_names, inside, outside, sources, tree
 
 FLOORS = (
-    ("", "config", "config_schema", "config_checks", "comm", "rng", "logs", "learning_rate"),
+    ("", "config", "config_schema", "config_checks", "plain_yaml", "comm", "rng", "logs", "learning_rate"),
     ("models", "diffusion", "importance", "pruning"),
     ("data", "interop", "engine", "monitor", "evaluation"),
     ("coordinator", "faults", "preflight", "validation", "export", "environment"),

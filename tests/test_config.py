@@ -173,14 +173,14 @@ def test_numbers_must_be_finite(value):
 
 @pytest.mark.parametrize("depth", [28, 30])
 def test_a_target_depth_that_is_not_below_the_depth_is_refused_in_these_words(depth):
-    expected = f"`prune.target_depth` must be below `model.depth` (28), got {depth}. Lower it."
+    expected = f"`prune.target_depth` must be below the 28 blocks of the model, got {depth}. Lower it."
     assert problems(f"prune.target_depth={depth}") == [expected]
 
 
 def test_target_depths_at_the_borders():
     assert problems("prune.target_depth=27") == problems("prune.target_depth=1") == []
     assert "Raise it to at least 1." in problems("prune.target_depth=0")[0]
-    assert "(3), got 3" in problems("model.kept_blocks=[0,1,5]", "prune.target_depth=3")[0]
+    assert "the 3 blocks of the model, got 3" in problems("model.kept_blocks=[0,1,5]", "prune.target_depth=3")[0]
 
 
 def test_readers_must_divide_the_batch():
@@ -470,3 +470,17 @@ def test_an_unreadable_value_is_refused_with_its_key():
     for value in ("[1,", "{a: ]", "!tag x", "\x07"):
         [text] = problems(f"train.betas={value}")
         assert "train.betas" in text
+
+
+@pytest.mark.parametrize("number", ["010", "0x10", "1_000", "1:30"])
+def test_numbers_that_yaml_would_read_in_another_base_are_refused(number):
+    """YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    assert problems(f"train.num_steps={number}") == [f"`train.num_steps` must be a whole number, got {number!r}."]
+
+
+def test_a_preset_that_gives_a_key_twice_is_refused_with_the_key(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("train:\n  num_steps: 5\n  num_steps: 50\n")
+    (line,) = problems(f"preset={path}")
+    assert "`num_steps` is given twice" in line
+    assert "line 2" in line

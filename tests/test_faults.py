@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -144,6 +145,38 @@ def test_a_full_or_read_only_disk_is_one_error_on_all_ranks(digits, tmp_path, ki
     message = "two checkpoints of this model need" if kind == "full" else "cannot be written"
     assert text.count(message) == 1
     assert "run.root" in text
+
+
+def test_a_disk_that_fills_while_training_costs_only_the_steps_since_the_checkpoint(digits, tmp_path, undisturbed):
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    small_disk(disk, megabytes=32)
+    arguments = words(digits, disk, "run", *LONG)
+    try:
+        process = launch(arguments, log)
+        wait_for_step(disk / "run", 25, process)
+        with open(disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(4096))
+        assert finish(process, seconds=60) != 0
+        text = log.read_text()
+        assert "No space left on device" in text
+        assert "Free space" in text
+        assert "Traceback" not in text
+        (disk / "ballast").unlink()
+        assert finish(launch(arguments, log), seconds=200) == 0
+        assert losses(disk / "run") == losses(undisturbed)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_model_that_diverges_between_two_log_lines_is_not_saved(digits, tmp_path):
+    more = ["train.learning_rate=1e30", "train.grad_clip=0", "monitor.log_every=100", "prune.target_depth=null"]
+    process = launch(words(digits, tmp_path, "run", *more, "parallel.ds_config=zero0_fp32"), tmp_path / "log")
+    assert finish(process, seconds=100) == 2
+    text = (tmp_path / "log").read_text()
+    assert re.search(r"step 4: (weight|exp_avg|exp_avg_sq|ema) of \S+ is not finite", text)
+    assert "train.learning_rate" in text
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_parameters(digits, tmp_path):

@@ -180,6 +180,19 @@ def test_rewinding_moves_later_lines_aside_and_drops_a_half_line(tmp_path):
     assert metrics.rewind_metrics(tmp_path, 4) == 0 and path.read_bytes() == b'{"step": 4}\n'
 
 
+def test_rewinding_to_a_size_also_moves_the_lines_that_a_repeated_check_will_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 3}\n{"step": 4}\n')
+    size = metrics.metrics_size(tmp_path)
+    with open(path, "ab") as file:
+        file.write(b'{"step": 4, "prune/depth": 3}\n{"step": 5}\n')
+    assert metrics.rewind_metrics(tmp_path, 4, size) == 2
+    assert lines(path) == [{"step": 3}, {"step": 4}]
+    assert metrics.rewind_metrics(tmp_path, 4, size) == 0
+    assert metrics.rewind_metrics(tmp_path, 0, 0) == 2 and path.read_bytes() == b""  # a start from step 0
+    assert metrics.metrics_size(tmp_path / "none") == 0
+
+
 def test_a_kill_while_rewinding_loses_no_line(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n')

@@ -72,7 +72,7 @@ def test_checks_that_remove_nothing_change_nothing(digits, tmp_path, zero_stage,
 
 
 def test_a_run_prunes_exports_and_resumes_exactly(digits, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole = tmp_path / "whole"
     first = run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole")])
     assert first == [[0], [0]]
     decisions = [json.loads(line) for line in (whole / "decisions.jsonl").read_text().splitlines()]
@@ -84,24 +84,40 @@ def test_a_run_prunes_exports_and_resumes_exactly(digits, tmp_path):
     ema = named_state(whole / "checkpoints/step_00000012")
     assert all(torch.equal(p.reshape(-1), ema[f"ema/{n}"]) for n, p in model.named_parameters())
 
-    # The same run cut off after step 8: its later checkpoints vanish, as if it had been killed.
-    (tmp_path / "cut").mkdir()
+    for name, step in (("late", 8), ("at_check", 4)):  # before step 4 stands the second check: it is repeated
+        cut = cut_after(whole, tmp_path / name, step)
+        stray = dict(decisions[-1], step=9)
+        with open(cut / "decisions.jsonl", "a") as file:
+            file.write(json.dumps(stray) + "\n")
+        run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, name)])
+        assert losses(cut) == losses(whole)
+        assert what_was_logged(cut) == what_was_logged(whole)
+        assert equal_state(cut / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
+        assert (cut / "decisions.jsonl").read_text() == (whole / "decisions.jsonl").read_text()
+        aside = (cut / "decisions.superseded.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in aside] == ([9] if step == 8 else [4, 9])
+        assert (cut / "metrics.superseded.jsonl").is_file()
+
+
+def cut_after(whole: Path, cut: Path, step: int) -> Path:
+    """A copy of a run folder without what was written after a checkpoint, as if the job had been killed there."""
+    later = {f"step_{s:08d}" for s in range(step + 1, 13)}
     for source in sorted(whole.rglob("*")):
-        target = cut / source.relative_to(whole)
-        if source.is_file() and "step_00000012" not in str(source) and "model" not in source.parts:
+        parts = source.relative_to(whole).parts
+        if source.is_file() and not later & set(parts) and "model" not in parts:
+            target = cut.joinpath(*parts)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
-    text = (cut / "config.yaml").read_text().replace("name: whole", "name: cut")
-    (cut / "config.yaml").write_text(text)
-    stray = dict(decisions[-1], step=9)
-    with open(cut / "decisions.jsonl", "a") as file:
-        file.write(json.dumps(stray) + "\n")
-    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "cut")])
-    assert losses(cut) == losses(whole)
-    assert equal_state(cut / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
-    assert len((cut / "decisions.jsonl").read_text().splitlines()) == 2
-    assert json.loads((cut / "decisions.superseded.jsonl").read_text())["step"] == 9
-    assert (cut / "metrics.superseded.jsonl").is_file()
+    (cut / "config.yaml").write_text(
+        (cut / "config.yaml").read_text().replace(f"name: {whole.name}", f"name: {cut.name}")
+    )
+    return cut
+
+
+def what_was_logged(run: Path) -> list[list]:
+    """Step and names of every line of metrics.jsonl: none twice, none missing."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[row["step"], *sorted(row)] for row in rows]
 
 
 def test_checkpoints_resume_at_another_stage_and_world_size(digits, tmp_path):

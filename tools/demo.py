@@ -7,14 +7,18 @@ where it stopped when it is started again; --fresh starts over.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import entprune_ds
 
 BIN = Path(sys.executable).parent
 BASE, RUN, DATA = "runs/demo_base", "runs/demo", "data_digits"
@@ -61,9 +65,16 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, help="processes of the training (default 2)")
     parser.add_argument("settings", nargs="*", help="key=value settings passed to both trainings")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    code_file, code = Path(RUN, "code.txt"), code_digest()
+    if not options.fresh and code_file.is_file() and code_file.read_text() != code:
+        print(f"== note: {RUN} was made by other code. Phases done before stay; --fresh starts over.", flush=True)
     if options.fresh:
         for folder in (BASE, RUN, DATA):
             shutil.rmtree(folder, ignore_errors=True)
+    if not code_file.is_file():
+        code_file.parent.mkdir(parents=True, exist_ok=True)
+        code_file.write_text(code)
     times_file, times = Path(RUN, "phases.json"), {}
     if times_file.is_file():
         times = json.loads(times_file.read_text())
@@ -75,10 +86,9 @@ def main() -> int:
         print(f"== {name} (budget {budget} s): {words}", flush=True)
         start = time.monotonic()
         try:
-            status = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+            status = run(command)
         finally:  # an interrupted phase goes on later: its times add up
             times[name] = times.get(name, 0.0) + time.monotonic() - start
-            times_file.parent.mkdir(parents=True, exist_ok=True)
             times_file.write_text(json.dumps(times))
         if status:
             message = f"error: phase `{name}` ended with status {status}; the same command goes on from here."
@@ -92,6 +102,24 @@ def main() -> int:
     missed = show_bars(summary)
     print(f"summary: {RUN}/summary.json\nreport:  {Path(RUN, 'report.html').resolve()}")
     return int(options.strict and bool(missed))
+
+
+def run(command: list[str]) -> int:
+    """Exit status of a command; it ends with us, launcher and ranks included, when we are interrupted."""
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait(60)
+        raise
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's source and presets."""
+    root = Path(entprune_ds.__file__).parent
+    files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".yaml", ".json"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
 
 def summarize(times: dict[str, float]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from entprune_ds.engine.build import Engine
 from entprune_ds.engine.state import KEYS, Piece, state_tensor, write_state
 
 FORMAT = 1
+REMEDY = "Check the data, or lower train.learning_rate and start under another run.name; earlier checkpoints stay."
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def save_checkpoint(engine: Engine, root: Path, step: int, record: dict[str, Any
         record: plain values that the trainer needs to go on (data cursor, decisions, config, ...).
 
     Raises:
-        DistributedError: on all ranks, when any rank cannot write (disk full, read-only); an older checkpoint
-            is never touched.
+        DistributedError: on all ranks, when any rank cannot write (disk full, read-only) or holds NaN or infinite
+            state; an older checkpoint is never touched.
     """
     final = root / f"step_{step:08d}"
     temporary = root / f".writing_step_{step:08d}"
@@ -75,6 +76,8 @@ def save_checkpoint(engine: Engine, root: Path, step: int, record: dict[str, Any
         mine: dict[str, Any] | None = _write_pieces(engine, temporary / f"rank_{comm.rank():05d}.safetensors")
     except (OSError, SafetensorError) as problem:
         mine, error = None, _disk_error(temporary, problem)
+    except FloatingPointError as problem:
+        mine, error = None, f"step {step}: {problem}"
     comm.raise_together(error)
     files = comm.all_gather_json(mine)
     if comm.is_main():
@@ -113,6 +116,8 @@ def _write_pieces(engine: Engine, path: Path) -> dict[str, Any]:
             ranges.append([piece.name, start, stop])
             for key in KEYS:
                 value = state_tensor(piece, key, engine.optimizer, engine.ema)[start - piece.start : stop - piece.start]
+                if not bool(torch.isfinite(value).all()):
+                    raise FloatingPointError(f"{key} of {piece.name} is not finite: no checkpoint written. {REMEDY}")
                 tensors[f"{key}/{piece.name}"] = value.cpu().clone()
     save_file(tensors, path)
     with open(path, "rb") as file:

@@ -99,11 +99,25 @@ class RunMonitor:
         self.client.finish(exit_code)
 
 
-def rewind_metrics(run_dir: Path, step: int) -> int:
-    """Move the lines after `step` to metrics.superseded.jsonl: a resume will write those steps again.
+def metrics_size(run_dir: Path) -> int:
+    """Bytes of metrics.jsonl so far; the monitor flushes every line."""
+    path = run_dir / METRICS_FILE
+    return path.stat().st_size if path.is_file() else 0
+
+
+def rewind_metrics(run_dir: Path, step: int, size: int | None = None) -> int:
+    """Move what a resume will write again to metrics.superseded.jsonl.
+
+    These are the lines after `step`, and those from byte `size` on.
 
     A half-written last line is dropped; other damaged lines stay where they are, for the report to count. Later lines
     are appended and synced before the shorter file replaces the old one, so a kill in between loses nothing.
+
+    Args:
+        run_dir: the run folder.
+        step: optimizer steps that are done.
+        size: length of metrics.jsonl when the checkpoint was written (`metrics_size`): a check logs at the step of the
+            checkpoint before it. None keeps all lines of `step`.
 
     Returns:
         Number of lines moved.
@@ -115,8 +129,11 @@ def rewind_metrics(run_dir: Path, step: int) -> int:
     whole, _, half = text.rpartition(b"\n")
     kept: list[bytes] = []
     moved: list[bytes] = []
+    begin = 0
     for line in whole.split(b"\n") if whole else []:
-        (moved if _step_or_first(line) > step else kept).append(line + b"\n")
+        again = _step_or_first(line) > step or (size is not None and begin >= size)
+        (moved if again else kept).append(line + b"\n")
+        begin += len(line) + 1
     if moved:
         superseded = run_dir / SUPERSEDED_FILE
         separator = b"\n" if _ends_in_a_half_line(superseded) else b""
