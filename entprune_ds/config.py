@@ -24,6 +24,7 @@ from entprune_ds.config_checks import problems_of
 from entprune_ds.config_schema import (
     Config,
     DataConfig,
+    DiffusionConfig,
     EvalConfig,
     ModelConfig,
     MonitorConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DiffusionConfig",
     "EvalConfig",
     "ModelConfig",
     "MonitorConfig",

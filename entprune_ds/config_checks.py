@@ -7,6 +7,8 @@ from typing import Any
 from entprune_ds.config_schema import Config
 
 MAX_DEPTH = 4096
+SAMPLERS = {"sit": ("euler", "heun", "dopri5", "sde"), "dit": ("ddpm", "ddim")}
+SDE_DIFFUSIONS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
 CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit")
 
 
@@ -35,7 +37,15 @@ def problems_of(config: Config) -> list[str]:
     keys = ("depth", "hidden_size", "num_heads", "mlp_ratio", "patch_size", "input_size", "in_channels", "num_classes")
     positive("model", model, *keys)
     require(model.depth <= MAX_DEPTH, f"`model.depth` must be at most {MAX_DEPTH}, got {model.depth}.")
-    one_of("model.process", model.process, ("sit",))
+    require(model.norm_eps > 0, f"`model.norm_eps` must be above 0, got {model.norm_eps}.")
+    require(
+        0 <= model.frequency_shift <= 1, f"`model.frequency_shift` must lie in [0, 1], got {model.frequency_shift}."
+    )
+    one_of("model.process", model.process, ("sit", "dit"))
+    if model.process == "dit":
+        require(model.learn_sigma, "`model.learn_sigma` must be true with `model.process=dit`, got False.")
+    if model.process in SAMPLERS:
+        found += _diffusion_problems(config)
     if not found:
         divides = model.hidden_size % model.num_heads == 0
         require(
@@ -76,7 +86,6 @@ def problems_of(config: Config) -> list[str]:
         one_of("parallel.zero_stage", config.parallel.zero_stage, (0, 1, 2, 3))
     found += _pruning_problems(config) if not found else []
 
-    one_of("sample.sampler", config.sample.sampler, ("euler", "heun"))
     one_of("sample.labels", config.sample.labels, ("uniform", "balanced"))
     positive("sample", config.sample, "num_steps", "num_samples", "batch_size", "grid")
     positive("evaluate", config.evaluate, "latency_repeats")
@@ -87,6 +96,36 @@ def problems_of(config: Config) -> list[str]:
         config.monitor.sample_every >= 0,
         f"`monitor.sample_every` must be at least 0, got {config.monitor.sample_every}.",
     )
+    return found
+
+
+def _diffusion_problems(config: Config) -> list[str]:
+    """Objective and sampler, which hang on the process."""
+    diffusion, sample, process = config.diffusion, config.sample, config.model.process
+    choices = {
+        "diffusion.path": (diffusion.path, ("linear", "gvp", "vp")),
+        "diffusion.prediction": (diffusion.prediction, ("velocity", "score", "noise")),
+        "diffusion.loss_weight": (diffusion.loss_weight, ("none", "velocity", "likelihood")),
+        "sample.sampler": (sample.sampler, SAMPLERS[process]),
+        "sample.sde_diffusion": (sample.sde_diffusion, SDE_DIFFUSIONS),
+        "sample.sde_last_step": (sample.sde_last_step, ("none", "mean", "tweedie", "euler")),
+    }
+    found = [
+        f"`{k}` must be one of {', '.join(known)}, got {got}."
+        for k, (got, known) in choices.items()
+        if got not in known
+    ]
+    low, high = sample.cfg_interval
+    if not 0 <= low < high <= 1:
+        found.append(f"`sample.cfg_interval` must be two numbers 0 <= low < high <= 1, got {[low, high]}.")
+    if not 0 <= sample.ddim_eta <= 1:
+        found.append(f"`sample.ddim_eta` must lie in [0, 1], got {sample.ddim_eta}.")
+    if sample.cfg_channels is not None and not 1 <= sample.cfg_channels <= config.model.in_channels:
+        message = f"`sample.cfg_channels` must lie in [1, {config.model.in_channels}] or be null, "
+        found.append(message + f"got {sample.cfg_channels}.")
+    for key in ("atol", "rtol", "sde_norm", "sde_last_step_size"):
+        if getattr(sample, key) <= 0:
+            found.append(f"`sample.{key}` must be above 0, got {getattr(sample, key)}.")
     return found
 
 

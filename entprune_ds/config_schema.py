@@ -21,7 +21,7 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     process: str = "sit"
-    """Generative process of the model: sit (flow matching)."""
+    """Generative process of the model: sit (flow matching) or dit (diffusion: epsilon and learned variance)."""
     depth: int = 28
     """Number of transformer blocks of the original, unpruned model."""
     kept_blocks: tuple[int, ...] | None = None
@@ -42,13 +42,36 @@ class ModelConfig:
     """Classes; index num_classes is the null label of classifier-free guidance."""
     learn_sigma: bool = False
     """Whether the head has a second half of output channels (official DiT and SiT checkpoints)."""
+    norm_eps: float = 1e-6
+    """Epsilon of the layer norms: 1e-6 in the official DiT and SiT code, 1e-5 in models trained with diffusers."""
+    frequency_shift: float = 0.0
+    """Timestep frequencies are 10000^(-i / (half - shift)): 0 in the official code, 1 in diffusers."""
+    compile: bool = False
+    """Compile each block with torch.compile; a resize keeps the compiled code."""
+    activation_checkpointing: bool = False
+    """Recompute the activations of every block in the backward pass: less memory, about a third more time."""
     weights: str = ""
     """Folder written by `entprune-ds export` (or by a run) to start from; empty means random."""
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction: epsilon and variance of DiT; SiT throws a learn_sigma half away."""
+        return self.in_channels * (2 if self.learn_sigma and self.process == "dit" else 1)
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """Original indices of the present blocks, sorted."""
         return tuple(range(self.depth)) if self.kept_blocks is None else self.kept_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    path: str = "linear"
+    """process=sit: path between noise and data: linear, gvp or vp (SiT, table 1)."""
+    prediction: str = "velocity"
+    """process=sit: what the model predicts: velocity, score or noise."""
+    loss_weight: str = "none"
+    """process=sit: weight of score and noise losses over t: none, velocity or likelihood."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +175,33 @@ class PruneConfig:
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     sampler: str = "euler"
-    """ODE sampler: euler or heun."""
+    """process=sit: euler, heun, dopri5 (ODE) or sde (Euler-Maruyama); process=dit: ddpm or ddim."""
     num_steps: int = 25
-    """Sampler steps."""
+    """Sampler steps (dopri5 chooses its own)."""
+    atol: float = 1e-6
+    """dopri5: absolute tolerance."""
+    rtol: float = 1e-3
+    """dopri5: relative tolerance."""
+    sde_diffusion: str = "sigma"
+    """sde: diffusion coefficient: constant, sbdm, sigma, linear, decreasing or increasing-decreasing."""
+    sde_norm: float = 1.0
+    """sde: factor of the diffusion coefficient."""
+    sde_last_step: str = "mean"
+    """sde: last step: none, mean, tweedie or euler."""
+    sde_last_step_size: float = 0.04
+    """sde: size of the last step."""
+    ddim_eta: float = 0.0
+    """ddim: 0 is deterministic, 1 has the noise of ddpm."""
     cfg_scale: float = 1.0
     """Classifier-free guidance scale; 1 is no guidance."""
+    cfg_channels: int | None = None
+    """Channels that are guided: 3 is the published protocol of DiT and SiT; null guides all."""
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    """Part of the sampling in which guidance acts, from 0 (pure noise) to 1 (data)."""
+    vae: str = ""
+    """Decoder of latents: folder or hub name of a diffusers AutoencoderKL; empty for models of pixels."""
+    vae_revision: str = ""
+    """Revision of a hub name; recorded with the samples."""
     num_samples: int = 1797
     """Samples to draw; labels follow `labels`."""
     batch_size: int = 256
@@ -205,6 +250,8 @@ class Config:
     """The run: name, folder, seed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Architecture and starting weights."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Training objective."""
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and their order."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from entprune_ds import comm
 from entprune_ds.engine.build import Engine
 from entprune_ds.engine.state import Piece, state_tensor
-from entprune_ds.models.dit import DiT
-from entprune_ds.models.layers import Block
+from entprune_ds.models.dit import DiT, build_block
 
 
 def gather_full(engine: Engine, names: Sequence[str], key: str) -> dict[str, Tensor]:
@@ -72,7 +71,7 @@ class ShardedView:
         config = engine.model_config
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             self.stem = DiT(replace(config, kept_blocks=()))
-            self.spare = Block(config.hidden_size, config.num_heads, config.mlp_ratio)
+            self.spare = build_block(config)
         for module in (self.stem, self.spare):
             module.to(self.device, dtype).requires_grad_(False).eval()
         names = [n for n in engine.shapes if not n.startswith("blocks.")]
@@ -99,16 +98,16 @@ class ShardedView:
         return self.spare
 
     def head(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (N,T,D), c (N,D) -> prediction (N,C,H,W)."""
-        return self.stem.head(x, c)
+        """x (N,T,D), c (N,D) -> prediction (N,C,H,W), without a learned-variance half."""
+        return self.stem.head(x, c)[:, : self.engine.model_config.in_channels]
 
     @torch.no_grad()
     def __call__(self, z_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Forward pass (N,C,H,W) -> (N,C,H,W). Collective."""
+        """Forward pass (N,C,H,W) -> the model's whole prediction. Collective."""
         x, c = self.embed(z_t.to(self.device, self.dtype), t.to(self.device), labels.to(self.device))
         for index in self.kept_blocks:
             x = self.block(index)(x, c)
-        return self.head(x, c)
+        return self.stem.head(x, c)
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:

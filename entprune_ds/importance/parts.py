@@ -35,7 +35,7 @@ class Parts(Protocol):
 
 
 class ModuleParts:
-    """Parts of an unsharded model with members blocks (ModuleDict keyed by str(index)), embed and head.
+    """Parts of an unsharded model with members blocks (ModuleDict keyed by str(index)), in_channels, embed and head.
 
     Works on copies, the stem and head taken here and one block at a time in `block`, so that mode, gradients,
     hooks and precision of the model stay as they are. Make a new one after every change of the weights.
@@ -74,7 +74,7 @@ class ModuleParts:
 
     def head(self, x: Tensor, c: Tensor) -> Tensor:
         """See Parts."""
-        return self._stem.head(x, c)  # type: ignore[operator]
+        return self._stem.head(x, c)[:, : self._stem.in_channels]  # type: ignore[operator]
 
 
 def embed(parts: Parts, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

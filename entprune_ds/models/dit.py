@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from entprune_ds.config import ModelConfig
 from entprune_ds.models.layers import (
@@ -27,16 +28,15 @@ class DiT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.patch_size, self.side = config.patch_size, config.input_size // config.patch_size
-        self.in_channels = config.in_channels
-        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.in_channels, self.out_channels = config.in_channels, config.out_channels
+        self.head_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.activation_checkpointing = config.activation_checkpointing
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
-        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.t_embedder = TimestepEmbedder(config.hidden_size, config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.register_buffer("pos_embed", position_embedding(config.hidden_size, self.side), persistent=False)
-        self.blocks = nn.ModuleDict(
-            {str(i): Block(config.hidden_size, config.num_heads, config.mlp_ratio) for i in config.blocks}
-        )
-        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
+        self.blocks = nn.ModuleDict({str(i): build_block(config) for i in config.blocks})
+        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.head_channels, config.norm_eps)
 
     def embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """z_t (N,C,H,W), t (N,), labels (N,) -> tokens x (N,T,D), conditioning c (N,D)."""
@@ -44,18 +44,26 @@ class DiT(nn.Module):
         return x, self.t_embedder(t, z_t.dtype) + self.y_embedder(labels)
 
     def head(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (N,T,D), c (N,D) -> prediction (N,C,H,W); a learned-sigma half of the channels is cut off."""
+        """x (N,T,D), c (N,D) -> prediction: (N,C,H,W) velocity of SiT, (N,2C,H,W) epsilon and variance of DiT."""
         patches = self.final_layer(x, c)  # (N,T,p*p*C)
         n, p, side = x.shape[0], self.patch_size, self.side
-        image = patches.reshape(n, side, side, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return image.reshape(n, self.out_channels, side * p, side * p)[:, : self.in_channels]
+        image = patches.reshape(n, side, side, p, p, self.head_channels).permute(0, 5, 1, 3, 2, 4)
+        return image.reshape(n, self.head_channels, side * p, side * p)[:, : self.out_channels]
 
     def forward(self, z_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """z_t (N,C,H,W), t (N,), labels (N,) i64 -> prediction (N,C,H,W)."""
+        """z_t (N,C,H,W), t (N,) in [0,1] or timesteps, labels (N,) i64 -> prediction, see `head`."""
         x, c = self.embed(z_t, t, labels)  # (N,T,D), (N,D)
         for block in self.blocks.values():
-            x = block(x, c)  # (N,T,D)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)  # (N,T,D), activations recomputed in the backward pass
+            else:
+                x = block(x, c)  # (N,T,D)
         return self.head(x, c)
+
+
+def build_block(config: ModelConfig) -> Block:
+    """One block of the architecture, with random values."""
+    return Block(config.hidden_size, config.num_heads, config.mlp_ratio, config.norm_eps)
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

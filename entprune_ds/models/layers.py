@@ -14,10 +14,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoids of t (N,) -> (N, dim), frequencies max_period^(-i / (dim/2)) as in the official DiT code."""
+def timestep_embedding(t: Tensor, dim: int, frequency_shift: float = 0.0, max_period: float = 10000.0) -> Tensor:
+    """Sinusoids of t (N,) -> (N, dim), frequencies max_period^(-i / (dim/2 - shift)).
+
+    The official DiT and SiT code has shift 0, diffusers has 1.
+    """
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    steps = torch.arange(half, dtype=t.dtype, device=t.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / (half - frequency_shift))
     angles = t[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -36,14 +40,15 @@ class TimestepEmbedder(nn.Module):
 
     frequency_size = 256
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, frequency_shift: float = 0.0):
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(
             nn.Linear(self.frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.mlp(timestep_embedding(t, self.frequency_size).to(dtype))
+        return self.mlp(timestep_embedding(t, self.frequency_size, self.frequency_shift).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -100,11 +105,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """adaLN-Zero transformer block (DiT, arXiv 2212.09748, sec. 3.2); removing it is the identity on x."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, norm_eps: float = 1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
@@ -118,9 +123,9 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """x (N,T,D), c (N,D) -> patches (N,T,patch^2 * channels)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, norm_eps: float = 1e-6):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 

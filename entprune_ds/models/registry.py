@@ -1,4 +1,4 @@
-"""Published sizes: "SiT-XL/2" -> ModelConfig."""
+"""Published sizes: "DiT-XL/2" -> ModelConfig; parameters and multiply-accumulates of a configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 
 from entprune_ds.config import ModelConfig
 from entprune_ds.models.dit import DiT
+from entprune_ds.models.layers import TimestepEmbedder
 
+FAMILIES = {"DiT": "dit", "SiT": "sit"}
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCHES = (2, 4, 8)
 
@@ -15,18 +17,21 @@ def model_config(name: str, **changes: object) -> ModelConfig:
     """ModelConfig of a published size, e.g. "SiT-XL/2" (Peebles & Xie 2023, table 1; Ma et al. 2024).
 
     Args:
-        name: SiT-{S,B,L,XL}/{2,4,8}.
+        name: {DiT,SiT}-{S,B,L,XL}/{2,4,8}.
         changes: fields that differ from the published model, e.g. num_classes.
 
     Raises:
         ValueError: for a name that is not published, listing those that are.
     """
-    known = [f"SiT-{size}/{patch}" for size in SIZES for patch in PATCHES]
+    known = [f"{family}-{size}/{patch}" for family in FAMILIES for size in SIZES for patch in PATCHES]
     if name not in known:
         raise ValueError(f"model `{name}` is not known. Choose one of {', '.join(known)}.")
-    size, patch = name.removeprefix("SiT-").split("/")
+    family, size, patch = name.replace("/", "-").split("-")
     depth, hidden_size, num_heads = SIZES[size]
-    fields = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=int(patch), learn_sigma=True)
+    fields = dict(
+        process=FAMILIES[family], depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=int(patch),
+        learn_sigma=True,
+    )  # fmt: skip
     return ModelConfig(**{**fields, **changes})  # type: ignore[arg-type]
 
 
@@ -34,3 +39,21 @@ def count_parameters(config: ModelConfig) -> int:
     """Trainable parameters of a configuration; builds nothing but meta tensors."""
     with torch.device("meta"):
         return sum(p.numel() for p in DiT(config).parameters())
+
+
+def count_macs(config: ModelConfig) -> int:
+    """Multiply-accumulates of one forward pass of one example: linear layers, convolution and attention.
+
+    Element-wise work is not counted, as in the Gflops column of the DiT paper (table 4), which counts
+    multiply-accumulates.
+    """
+    tokens, width = (config.input_size // config.patch_size) ** 2, config.hidden_size
+    patch = config.patch_size**2
+    mlp = int(width * config.mlp_ratio)
+    block = tokens * (4 * width * width + 2 * width * mlp)  # qkv, output projection, MLP
+    block += 2 * tokens * tokens * width  # scores and weighted values
+    block += 6 * width * width  # adaLN, once per example
+    head_channels = config.in_channels * (2 if config.learn_sigma else 1)
+    ends = tokens * patch * width * (config.in_channels + head_channels)
+    conditioning = TimestepEmbedder.frequency_size * width + width * width + 2 * width * width
+    return len(config.blocks) * block + ends + conditioning
