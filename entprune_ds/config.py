@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from entprune_ds.config_checks import problems_of
 from entprune_ds.config_schema import (
+    NOT_ARCHITECTURE,
     Config,
     DataConfig,
     DiffusionConfig,
@@ -37,6 +38,7 @@ from entprune_ds.config_schema import (
 from entprune_ds.plain_yaml import read_yaml
 
 __all__ = [
+    "NOT_ARCHITECTURE",
     "PRESETS",
     "Config",
     "ConfigError",

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+NOT_ARCHITECTURE = ("weights", "compile", "activation_checkpointing")
+"""Settings of `model` that do not change which function the model computes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     name: str = "run"

@@ -20,7 +20,7 @@ CHECKSUM_LIMIT = 2**30
 FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample")
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
-    "model.weights",
+    "model.weights", "model.compile", "model.activation_checkpointing",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws",
 )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from entprune_ds.config import ModelConfig
 from entprune_ds.models.dit import DiT, initial_tensor, initialize
 from entprune_ds.models.layers import position_embedding, timestep_embedding
-from entprune_ds.models.registry import PATCHES, SIZES, count_parameters, model_config
+from entprune_ds.models.registry import PATCHES, SIZES, count_macs, count_parameters, model_config
 from tests.reference import dit as reference
 from tests.reference.toys import draws, random_dit
 
@@ -50,6 +50,72 @@ def test_every_block_of_xl_has_the_same_known_size():
     assert full - count_parameters(model_config("SiT-XL/2", kept_blocks=tuple(range(1, 28)))) == BLOCK
 
 
+@pytest.mark.parametrize(("depth", "billions"), [(28, 118.6), (20, 84.7), (19, 80.5), (14, 59.3), (7, 29.7)])
+def test_multiply_accumulates_are_the_published_ones(depth, billions):
+    assert round(count_macs(model_config("DiT-XL/2", depth=depth)) / 1e9, 1) == billions
+    assert round(count_macs(model_config("DiT-XL/2", kept_blocks=tuple(range(28 - depth, 28)))) / 1e9, 1) == billions
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs"), [("S/2", 6.06), ("B/2", 23.01), ("L/2", 80.71), ("XL/2", 118.64), ("S/8", 0.36), ("XL/8", 7.39)]
+)
+def test_multiply_accumulates_of_every_size(name, gmacs):
+    """Peebles & Xie 2023, table 4; their counter also counts a little element-wise work."""
+    assert count_macs(model_config(f"DiT-{name}")) / 1e9 == pytest.approx(gmacs, rel=6e-3)
+
+
+def test_multiply_accumulates_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = ModelConfig(depth=3, hidden_size=48, num_heads=4, input_size=8, in_channels=3, num_classes=5)
+    with FlopCounterMode(display=False) as counter:
+        DiT(config)(torch.randn(1, 3, 8, 8), torch.rand(1), torch.tensor([2]))
+    assert counter.get_total_flops() == 2 * count_macs(config)
+
+
+def test_dit_predicts_epsilon_and_variance_and_sit_throws_the_second_half_away():
+    sizes = dict(depth=2, hidden_size=16, num_heads=2, input_size=4, in_channels=3, num_classes=5, learn_sigma=True)
+    sit = initialize(DiT(ModelConfig(process="sit", **sizes)), seed=0)
+    dit = DiT(ModelConfig(process="dit", **sizes))
+    with torch.no_grad():
+        for parameter in sit.parameters():
+            parameter.normal_(0, 0.1)
+    dit.load_state_dict(sit.state_dict(), strict=True)
+    inputs = torch.randn(2, 3, 4, 4), torch.tensor([0.3, 0.8]), torch.tensor([1, 5])
+    assert sit(*inputs).shape == (2, 3, 4, 4) and dit(*inputs).shape == (2, 6, 4, 4)
+    assert torch.equal(dit(*inputs)[:, :3], sit(*inputs))
+    assert dit.final_layer.linear.out_features == 2 * 2 * 6
+
+
+def test_a_frequency_shift_of_one_makes_the_last_frequency_exactly_one_ten_thousandth():
+    """diffusers divides by half - 1, the official code by half."""
+    t = torch.tensor([1.0], dtype=torch.float64)
+    shifted = timestep_embedding(t, 8, frequency_shift=1.0)
+    expected = torch.tensor([1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3), 1e-4], dtype=torch.float64)
+    torch.testing.assert_close(shifted[0, :4], expected.cos(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shifted[0, 4:], expected.sin(), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(shifted, timestep_embedding(t, 8))
+
+
+def test_activation_checkpointing_changes_neither_outputs_nor_gradients_and_saves_activations():
+    sizes = dict(depth=6, hidden_size=32, num_heads=2, input_size=8, in_channels=2, num_classes=5)
+    models = [initialize(DiT(ModelConfig(activation_checkpointing=on, **sizes)), seed=0) for on in (False, True)]
+    inputs, saved = (torch.randn(4, 2, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 5])), []
+    for model in models:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(*inputs).square().mean()
+        saved.append(sum(kept))
+        loss.backward()
+    assert torch.equal(models[0](*inputs), models[1](*inputs))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    assert saved[1] < saved[0] / 3
+
+
 PUBLISHED = {"S": (12, 384, 6, 33), "B": (12, 768, 12, 130), "L": (24, 1024, 16, 458), "XL": (28, 1152, 16, 675)}
 """Depth, width, heads, millions of parameters (Peebles & Xie 2023, table 1)."""
 
@@ -67,7 +133,9 @@ def test_every_listed_name_is_known_and_others_are_refused_with_the_list():
     assert SIZES.keys() == PUBLISHED.keys() and PATCHES == (2, 4, 8)
     for size in SIZES:
         for patch in PATCHES:
-            assert model_config(f"SiT-{size}/{patch}").patch_size == patch
+            for family in ("DiT", "SiT"):
+                config = model_config(f"{family}-{size}/{patch}")
+                assert (config.patch_size, config.process) == (patch, family.lower())
     assert model_config("SiT-S/2", num_classes=7, learn_sigma=False) == ModelConfig(
         depth=12, hidden_size=384, num_heads=6, patch_size=2, num_classes=7
     )

@@ -87,6 +87,9 @@ def build_engine(config: Config, model_config: ModelConfig) -> Engine:
             model.pos_embed = positions.to(comm.device())
         else:
             model.to(comm.device())
+        if model_config.compile:  # in place: the names of parameters stay, and equal blocks share one compiled code
+            for block in model.blocks.values():
+                block.compile()
         train = config.train
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,

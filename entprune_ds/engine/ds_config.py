@@ -53,6 +53,9 @@ def read_ds_config(config: Config) -> dict[str, Any]:
     problem = _unsupported(values, zero, zero.setdefault("stage", 0))
     if problem is not None:
         raise ValueError(f"`parallel.ds_config`: {path} {problem}")
+    if zero["stage"] == 3 and config.model.compile:
+        message = "`model.compile` is not supported with ZeRO stage 3, whose gathering breaks compiled blocks apart. "
+        raise ValueError(message + "Set model.compile=false, or choose stage 0, 1 or 2.")
     return values
 
 

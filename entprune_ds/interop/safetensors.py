@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from entprune_ds.config import ConfigError, ModelConfig, config_from_dict, problems_of, to_dict
+from entprune_ds.config import NOT_ARCHITECTURE, ConfigError, ModelConfig, config_from_dict, problems_of, to_dict
 from entprune_ds.models.dit import DiT
 
 FORMAT = "entprune_ds/1"
@@ -36,8 +36,8 @@ def save_model(out: Path, names: Iterable[str], read: Callable[[str], Tensor], m
         save_file(tensors, weights, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"cannot write {weights}: {error}") from error
-    architecture = to_dict(model) | {"kept_blocks": list(model.blocks)}
-    architecture.pop("weights")
+    architecture = {k: v for k, v in to_dict(model).items() if k not in NOT_ARCHITECTURE}
+    architecture["kept_blocks"] = list(model.blocks)
     text = {"format": FORMAT, "model": architecture, "kept_blocks": list(model.blocks), **facts}
     config.write_text(json.dumps(text, indent=2, allow_nan=False))
     for path in (weights, config):
@@ -142,7 +142,7 @@ def architecture_problems(wanted: ModelConfig, folder: Path) -> list[str]:
             f"`model.weights`: {folder / 'model.safetensors'} does not fit its config.json: {'; '.join(wrong[:8])}."
         ]
     a, b = to_dict(wanted), to_dict(found)
-    keys = [k for k in a if k not in ("weights", "kept_blocks") and a[k] != b[k]]
+    keys = [k for k in a if k not in (*NOT_ARCHITECTURE, "kept_blocks") and a[k] != b[k]]
     problems = [f"`model.{k}` is {a[k]}, but `model.weights` ({folder}) has {b[k]}. Make them equal." for k in keys]
     missing = sorted(set(wanted.blocks) - set(found.blocks))
     if missing and not keys:

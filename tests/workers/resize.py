@@ -132,3 +132,18 @@ def refusals(zero_stage: int) -> dict:
     except comm.DistributedError as error:
         messages.append(str(error))
     return {"messages": messages, "losses": train_steps(engine, config, 0, 2)}
+
+
+def options(zero_stage: int, dtype: str = "fp32", **model: bool) -> dict:
+    """Losses before and after a resize with options of the blocks switched on; compiled graphs so far at both times."""
+    from torch._dynamo.utils import counters
+
+    config = tiny_config(zero_stage, dtype, **model)
+    engine = build_engine(config, config.model)
+    initialize_fresh(engine, config.run.seed)
+    losses = train_steps(engine, config, 0, 4)
+    graphs = [counters["stats"]["unique_graphs"]]
+    engine, _ = resize(engine, config, (0, 2, 3))
+    losses += train_steps(engine, config, 4, 4)
+    graphs.append(counters["stats"]["unique_graphs"])
+    return {"losses": losses, "graphs": graphs, "names": list(engine.shapes)}
