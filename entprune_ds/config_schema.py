@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 NOT_ARCHITECTURE = ("weights", "compile", "activation_checkpointing")
 """Settings of `model` that do not change which function the model computes."""
 
