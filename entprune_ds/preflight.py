@@ -84,10 +84,8 @@ def _data_problems(config: Config) -> list[str]:
 def _fit_problems(config: Config, index: Index, key: str) -> list[str]:
     model, found = config.model, []
     wanted = (model.in_channels, model.input_size, model.input_size)
-    if tuple(index.shape) != wanted:
-        message = (
-            f"`{key}`: {index.folder} holds examples of shape {list(index.shape)}, but the model takes {list(wanted)}. "
-        )
+    if index.latent_shape != wanted:
+        message = f"`{key}`: {index.folder} holds examples of shape {list(index.latent_shape)}, but the model takes {list(wanted)}. "
         found.append(message + "Set model.in_channels and model.input_size, or choose other shards.")
     if index.num_classes > model.num_classes:
         message = (

@@ -17,7 +17,7 @@ import webdataset
 
 from entprune_ds.cli import shards as shards_command
 from entprune_ds.data import builtin
-from entprune_ds.data.latents import decode_label, decode_latents, decode_meta, encode_example, encode_latents
+from entprune_ds.data.latents import decode_array, decode_label, decode_meta, encode_array, encode_example
 from entprune_ds.data.shards import ShardError, check_shards, load_index, resolve, write_shards
 from entprune_ds.data.stream import Stream, first_examples, merge_states, read_all, read_shard
 
@@ -183,7 +183,7 @@ def test_shards_have_the_same_bytes_every_time_and_webdataset_reads_them(index, 
         assert (index.folder / name).read_bytes() == (again.folder / name).read_bytes()
     assert sorted(p.name for p in again.folder.iterdir()) == ["index.json"] + [f"shard-{i:06d}.tar" for i in range(17)]
     samples = list(webdataset.WebDataset(str(again.folder / "shard-000003.tar"), shardshuffle=False))
-    assert decode_latents(samples[5]["npy"], (2, 4, 4))[0, 0, 0] == 50
+    assert decode_array(samples[5]["npy"], (2, 4, 4))[0, 0, 0] == 50
     assert decode_label(samples[5]["cls"], COUNT) == 50 and decode_meta(samples[5]["json"]) == {"number": 50}
 
 
@@ -307,11 +307,11 @@ def test_reading_names_the_shard_and_the_member_that_is_wrong(tmp_path):
         assert str(path) in str(caught.value) and "repeat the `entprune-ds shards`" in str(caught.value)
         return str(caught.value)
 
-    replace_member(path, "n00020.npy", encode_latents(np.zeros((2, 2, 8), np.float32)))
+    replace_member(path, "n00020.npy", encode_array(np.zeros((2, 2, 8), np.float32)))
     assert "member n00020.npy holds float32 (2, 2, 8), the index says float32 (2, 4, 4)" in error()
-    replace_member(path, "n00021.npy", encode_latents(np.full((2, 4, 4), np.inf, np.float32)))
+    replace_member(path, "n00021.npy", encode_array(np.full((2, 4, 4), np.inf, np.float32)))
     assert "member n00021.npy holds nan or inf" in error()
-    replace_member(path, "n00021.npy", encode_latents(np.zeros((2, 4, 4), np.float32))[:-4])
+    replace_member(path, "n00021.npy", encode_array(np.zeros((2, 4, 4), np.float32))[:-4])
     assert "member n00021.npy has 252 bytes, needs 256" in error()
     replace_member(path, "n00022.npy", b"\x80\x04cos\nsystem\n" + b" " * 200)
     assert "member n00022.npy" in error()
@@ -425,10 +425,10 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch):
 def test_encoding_survives_a_round_trip():
     latents = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     parts = encode_example("k", latents.transpose(2, 0, 1), 7, {"a": [1]})
-    assert np.array_equal(decode_latents(parts["npy"], (4, 2, 3)), latents.transpose(2, 0, 1))
+    assert np.array_equal(decode_array(parts["npy"], (4, 2, 3)), latents.transpose(2, 0, 1))
     stream = io.BytesIO()
     np.save(stream, np.asfortranarray(latents))
-    assert np.array_equal(decode_latents(stream.getvalue(), (2, 3, 4)), latents)
+    assert np.array_equal(decode_array(stream.getvalue(), (2, 3, 4)), latents)
     assert decode_label(parts["cls"], 8) == 7 and decode_meta(parts["json"]) == {"a": [1]}
 
 

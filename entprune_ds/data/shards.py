@@ -20,7 +20,16 @@ from typing import Any
 from braceexpand import braceexpand
 
 from entprune_ds import config
-from entprune_ds.data.latents import REMEDY, Example, ShardError, checked_examples, write_tar
+from entprune_ds.data.latents import (
+    KINDS,
+    REMEDY,
+    Example,
+    ShardError,
+    checked_examples,
+    latent_shape,
+    shape_problem,
+    write_tar,
+)
 
 INDEX = "index.json"
 FORMAT = "entprune_ds shards, version 1"
@@ -43,12 +52,19 @@ class Index:
     folder: Path
     shards: tuple[Shard, ...]
     shape: tuple[int, ...]
-    """(C,H,W) of every example, float32."""
+    """Of every example as it is stored."""
     num_classes: int
     shard_size: int
     label_histogram: tuple[int, ...] | None
     """Examples per class; None when a brace pattern chose some of the shards only."""
     description: dict[str, Any]
+    kind: str = "latents"
+    """What the numbers are: latents, pixels or moments (latents.py)."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C,H,W) of every example as the model sees it."""
+        return latent_shape(self.kind, self.shape)
 
     @property
     def total(self) -> int:
@@ -65,19 +81,21 @@ class Index:
 
 
 def write_shards(
-    examples: Iterable[Example], out: Path, shard_size: int, description: dict[str, Any], *, num_classes: int
-) -> dict[str, Any]:
+    examples: Iterable[Example], out: Path, shard_size: int, description: dict[str, Any], *, num_classes: int,
+    kind: str = "latents",
+) -> dict[str, Any]:  # fmt: skip
     """Write examples as `shard-000000.tar`, ... and `index.json`; the same examples give the same bytes.
 
-    A folder complete for the same description, shard size and classes is left alone (`examples` is not read); a damaged
-    one is written again. One process at a time may write a folder.
+    A folder complete for the same description, kind, shard size and classes is left alone (`examples` is not read); a
+    damaged one is written again. One process at a time may write a folder.
 
     Args:
-        examples: (key, latents (C,H,W) f32, label, meta), all of one shape, keys unique.
+        examples: (key, array as KINDS says, label, meta), all of one shape, keys unique.
         out: folder to write; made when missing.
         shard_size: examples per tar (the last one may hold fewer).
         description: plain JSON values that determine the examples (source, split, seed, scaling).
         num_classes: labels lie in [0, num_classes).
+        kind: what the arrays are: latents, pixels or moments.
 
     Returns: the content of index.json.
 
@@ -87,7 +105,10 @@ def write_shards(
     """
     if shard_size < 1:
         raise ValueError(f"`data.shard_size` must be above 0, got {shard_size}.")
+    if kind not in KINDS:
+        raise ValueError(f"The kind of examples must be one of {', '.join(KINDS)}, got {kind!r}.")
     wanted = {"description": json.loads(json.dumps(description)), "shard_size": shard_size, "num_classes": num_classes}
+    wanted["kind"] = kind
     known = _existing_index(out, wanted)
     if known is not None and not check_shards(known, checksums=True):
         return json.loads((out / INDEX).read_text())
@@ -98,10 +119,10 @@ def write_shards(
     checked = checked_examples(examples, histogram)
     while chunk := list(islice(checked, shard_size)):
         shape = list(chunk[0][1].shape)
-        shards.append(asdict(_write_shard(out / f"shard-{len(shards):06d}.tar", chunk, repair=known is not None)))
+        shards.append(asdict(_write_shard(out / f"shard-{len(shards):06d}.tar", chunk, kind, known is not None)))
     if not shards:
         raise ValueError(f"there are no examples to write to {out}.")
-    head = {"format": FORMAT, "shape": shape, "dtype": "float32", "total": sum(histogram)}
+    head = {"format": FORMAT, "shape": shape, "dtype": str(KINDS[kind].dtype), "total": sum(histogram)}
     index = {**head, **wanted, "label_histogram": histogram, "shards": shards}
     with _replacing(out / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1) + "\n")
@@ -114,15 +135,16 @@ def _existing_index(out: Path, wanted: dict[str, Any]) -> Index | None:
         return None
     known = load_index(out)
     found = {"description": known.description, "shard_size": known.shard_size, "num_classes": known.num_classes}
+    found["kind"] = known.kind
     if found != wanted:
         message = f"{out} already holds other shards ({json.dumps(found)}), not {json.dumps(wanted)}."
         raise ShardError(f"{message} Choose another `out`, or delete that folder first.")
     return known
 
 
-def _write_shard(path: Path, examples: list[Example], repair: bool) -> Shard:
+def _write_shard(path: Path, examples: list[Example], kind: str, repair: bool) -> Shard:
     with _replacing(path) as temporary:
-        write_tar(temporary, examples)
+        write_tar(temporary, examples, kind)
         shard = Shard(path.name, len(examples), temporary.stat().st_size, _sha256(temporary))
         if not repair and path.exists() and _sha256(path) != shard.sha256:
             raise ShardError(f"{path} exists with other content, without {INDEX}. Choose another `out`, or delete it.")
@@ -212,15 +234,16 @@ def load_index(spec: str | Path) -> Index:
 
 
 def _parse_index(folder: Path, values: dict[str, Any]) -> Index:
-    if (values["format"], values["dtype"]) != (FORMAT, "float32"):
-        raise ValueError(f"its format is not `{FORMAT}` with float32 examples")
+    kind = values.get("kind", "latents")  # indices of before there were kinds do not say it
+    if values["format"] != FORMAT or kind not in KINDS or values["dtype"] != str(KINDS[kind].dtype):
+        raise ValueError(f"its format is not `{FORMAT}` with examples of one of the kinds {', '.join(KINDS)}")
     shards = tuple(Shard(**shard) for shard in values["shards"])
     shape, histogram = tuple(values["shape"]), tuple(values["label_histogram"])
     same = {key: values[key] for key in ("num_classes", "shard_size", "description")}
-    index = Index(folder=folder, shards=shards, shape=shape, label_histogram=histogram, **same)
+    index = Index(folder=folder, shards=shards, shape=shape, label_histogram=histogram, kind=kind, **same)
     if not shards or index.total != values["total"] or min(shard.count for shard in shards) < 1:
         raise ValueError("its counts do not add up")
-    if len(index.shape) != 3 or min(index.shape) < 1 or index.num_classes < 1:
+    if shape_problem(kind, index.shape) or index.num_classes < 1:
         raise ValueError("its shape or number of classes is impossible")
     names = [shard.name for shard in shards]
     if len(set(names)) < len(names) or any(Path(name).name != name for name in names):

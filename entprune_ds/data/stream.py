@@ -37,7 +37,7 @@ def read_shard(index: Index, shard: Shard, skip: int = 0) -> Iterator[Entry]:
         if count > shard.count:
             break
         if count > skip:
-            yield decode_example(path, sample, index.shape, index.num_classes)
+            yield decode_example(path, sample, index.shape, index.num_classes, index.kind)
     if count != shard.count:  # a damaged member header ends a tar silently
         found = f"more than {shard.count} examples" if count > shard.count else f"{count} examples only"
         raise ShardError(f"{path} gives {found}, the index says {shard.count}: it is damaged. {REMEDY}")
