@@ -65,6 +65,7 @@ def problems_of(config: Config) -> list[str]:
         )
 
     positive("data", data, "num_readers", "shuffle_buffer", "shard_size")
+    found += image_problems(config)
     positive("train", train, "num_steps", "global_batch_size", "micro_batch_size", "learning_rate", "checkpoint_every")
     positive("train", train, "keep_checkpoints", "validation_draws")
     require(train.validate_every >= 0, f"`train.validate_every` must be at least 0, got {train.validate_every}.")
@@ -96,6 +97,25 @@ def problems_of(config: Config) -> list[str]:
         config.monitor.sample_every >= 0,
         f"`monitor.sample_every` must be at least 0, got {config.monitor.sample_every}.",
     )
+    return found
+
+
+def image_problems(config: Config) -> list[str]:
+    """What `shards` and `encode` do with images."""
+    data, found = config.data, []
+    choices = {"source": ("digits", "folder", "csv", "webdataset"), "encode_dtype": ("float32", "bfloat16")}
+    for key, known in choices.items():
+        if getattr(data, key) not in known:
+            found.append(f"`data.{key}` must be one of {', '.join(known)}, got {getattr(data, key)}.")
+    for key in ("image_size", "num_classes", "max_pixels", "encode_batch"):
+        got = getattr(data, key)
+        if got is not None and got < 1:
+            found.append(f"`data.{key}` must be above 0, got {got}.")
+    if data.num_workers < 0:
+        found.append(f"`data.num_workers` must be at least 0, got {data.num_workers}.")
+    for key in ("val_fraction", "max_skipped"):
+        if not 0 <= getattr(data, key) < 1:
+            found.append(f"`data.{key}` must lie in [0, 1), got {getattr(data, key)}.")
     return found
 
 

@@ -85,9 +85,29 @@ class DataConfig:
     shuffle_buffer: int = 1024
     """Examples that one reader shuffles together."""
     out: str = ""
-    """`shards` command: the folder to write."""
+    """`shards` and `encode` commands: the folder to write."""
     shard_size: int = 128
     """`shards` command: examples per tar file."""
+    source: str = "digits"
+    """`shards` command: folder (of images, one sub-folder per class), csv, webdataset (tars of images) or digits."""
+    src: str = ""
+    """`shards` command: the image folder, the CSV file, or the folder or brace pattern of tars."""
+    image_size: int = 256
+    """`shards` command: side of the square pixels that are stored."""
+    num_classes: int | None = None
+    """`shards` command: labels lie below it; null means as many classes as the source has."""
+    val_fraction: float = 0.0
+    """`shards` command: share of the images for OUT/val, drawn by run.seed; 0 for sources that have a folder val."""
+    num_workers: int = 0
+    """`shards` command: processes that read and crop images side by side; 0 works in this one."""
+    max_skipped: float = 0.01
+    """`shards` command: largest share of the images that may be unreadable."""
+    max_pixels: int = 100_000_000
+    """`shards` command: largest width x height of an image; larger ones count as unreadable."""
+    encode_batch: int = 32
+    """`encode` command: images that the VAE encodes together."""
+    encode_dtype: str = "float32"
+    """`encode` command: precision of the VAE: float32 or bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Existing image WebDatasets: tars that hold KEY.jpg (or .png, .webp) beside KEY.cls or KEY.json.
 
-Only the headers and the labels are read here, and nothing is ever unpacked; workers read the images by their place in the
-tar. Tars keep their order: they are usually shuffled already, and hopping between them would be slow.
+Only the headers and the labels are read here, and nothing is ever unpacked; workers read the images by their place in
+the tar. Tars keep their order: they are usually shuffled already, and hopping between them would be slow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import BinaryIO
 from braceexpand import braceexpand
 
 from entprune_ds.data.images import SUFFIXES
-from entprune_ds.data.sources import MAX_CLASSES, Item, Skips, Source, SourceError
+from entprune_ds.data.sources import MAX_CLASSES, Item, Source, SourceError, first_lines
 
 ParallelMap = Callable[[Callable[[Path], "Scan"], list[Path]], Iterable["Scan"]]
 MAX_LABEL_BYTES = 2**20
@@ -40,10 +40,7 @@ def tar_paths(src: str) -> list[Path]:
     Raises:
         SourceError: when there are none, they lie in several folders, or one is missing or compressed.
     """
-    if Path(src).is_dir():
-        paths = sorted(Path(src).glob("*.tar"))
-    else:
-        paths = [Path(text) for text in braceexpand(src)]
+    paths = sorted(Path(src).glob("*.tar")) if Path(src).is_dir() else [Path(text) for text in braceexpand(src)]
     if not paths or len({path.parent for path in paths}) > 1:
         raise SourceError(
             f"{src!r} names no tars of one folder. Give a folder, or a pattern such as 'in-{{00..99}}.tar'."
@@ -51,7 +48,7 @@ def tar_paths(src: str) -> list[Path]:
     wrong = [f"{p} is not an uncompressed .tar file. Unpack it (gunzip), or correct the path." for p in paths
              if p.suffix != ".tar" or not p.is_file()]  # fmt: skip
     if wrong:
-        raise SourceError("\n".join(wrong[:10]))
+        raise SourceError(first_lines(wrong))
     return paths
 
 
@@ -70,7 +67,7 @@ def tar_source(paths: list[Path], num_classes: int | None, parallel_map: Paralle
     scans = [by_path[str(path)] for path in paths]
     problems = [scan.problem for scan in scans if scan.problem]
     if problems:
-        raise SourceError("\n".join(problems[:10] + ([f"... and {len(problems) - 10} more."] if problems[10:] else [])))
+        raise SourceError(first_lines(problems))
     items, unusable = [], [skip for scan in scans for skip in scan.unusable]
     limit = num_classes or MAX_CLASSES
     for item in (item for scan in scans for item in scan.items):

@@ -1,8 +1,8 @@
 """Image files to square uint8 arrays, cropped as ADM crops, with a limit on the number of pixels.
 
-The crop is the one of ADM [Dhariwal & Nichol 2021, arXiv 2105.05233, code guided-diffusion], which DiT and SiT train on:
-halve by a box filter while the short side is at least twice the target, then bicubic until the short side is the target,
-then the centre square.
+The crop is the one of ADM [Dhariwal & Nichol 2021, arXiv 2105.05233, code guided-diffusion], which DiT and SiT train
+on: halve by a box filter while the short side is at least twice the target, then bicubic until the short side is the
+target, then the centre square.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ImageError(ValueError):
 def load_image(data: bytes, name: str, size: int, max_pixels: int) -> np.ndarray:
     """Decode, turn upright, crop and resize one image.
 
-    The EXIF orientation is applied; grey, palette and CMYK images become RGB, transparency is dropped (as in ADM), 16-bit
-    grey keeps its upper 8 bits; of an animation the first frame counts.
+    The EXIF orientation is applied; grey, palette and CMYK images become RGB, transparency is dropped (as in ADM),
+    16-bit grey keeps its upper 8 bits; of an animation the first frame counts.
 
     Args:
         data: content of the file.

@@ -119,12 +119,20 @@ def write_shards(
     checked = checked_examples(examples, histogram)
     while chunk := list(islice(checked, shard_size)):
         shape = list(chunk[0][1].shape)
-        shards.append(asdict(_write_shard(out / f"shard-{len(shards):06d}.tar", chunk, kind, known is not None)))
+        shards.append(asdict(write_shard(out / f"shard-{len(shards):06d}.tar", chunk, kind, known is not None)))
     if not shards:
         raise ValueError(f"there are no examples to write to {out}.")
-    head = {"format": FORMAT, "shape": shape, "dtype": str(KINDS[kind].dtype), "total": sum(histogram)}
-    index = {**head, **wanted, "label_histogram": histogram, "shards": shards}
-    with _replacing(out / INDEX) as temporary:
+    return write_index(out, wanted, shape, histogram, shards)
+
+
+def write_index(
+    out: Path, wanted: dict[str, Any], shape: list[int], histogram: list[int], shards: list[dict[str, Any]],
+    facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write index.json: what was `wanted` (description, shard_size, num_classes, kind), what is there, other facts."""
+    head = {"format": FORMAT, "shape": shape, "dtype": str(KINDS[wanted["kind"]].dtype), "total": sum(histogram)}
+    index = {**head, **wanted, **(facts or {}), "label_histogram": histogram, "shards": shards}
+    with replacing(out / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1) + "\n")
     return index
 
@@ -142,19 +150,20 @@ def _existing_index(out: Path, wanted: dict[str, Any]) -> Index | None:
     return known
 
 
-def _write_shard(path: Path, examples: list[Example], kind: str, repair: bool) -> Shard:
-    with _replacing(path) as temporary:
+def write_shard(path: Path, examples: list[Example], kind: str, repair: bool) -> Shard:
+    """Write one tar in place of `path`; without `repair`, a file of other content is refused (ShardError)."""
+    with replacing(path) as temporary:
         write_tar(temporary, examples, kind)
-        shard = Shard(path.name, len(examples), temporary.stat().st_size, _sha256(temporary))
-        if not repair and path.exists() and _sha256(path) != shard.sha256:
+        shard = Shard(path.name, len(examples), temporary.stat().st_size, file_sha256(temporary))
+        if not repair and path.exists() and file_sha256(path) != shard.sha256:
             raise ShardError(f"{path} exists with other content, without {INDEX}. Choose another `out`, or delete it.")
     return shard
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path`, safely on disk, when the body succeeds."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process at work keeps its own
     try:
         yield temporary
         _sync(temporary)
@@ -172,7 +181,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -263,7 +273,7 @@ def shard_problems(index: Index, shard: Shard, checksums: bool) -> list[str]:
         size = path.stat().st_size
         if size != shard.bytes:
             return [f"{path} is truncated or changed: {size} bytes, the index says {shard.bytes}. {REMEDY}"]
-        if checksums and _sha256(path) != shard.sha256:
+        if checksums and file_sha256(path) != shard.sha256:
             return [f"{path} is damaged: its SHA-256 is not the one in the index. {REMEDY}"]
     except FileNotFoundError:
         return [f"{path} is missing. {REMEDY}"]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,18 +65,24 @@ class Source:
         return digest.hexdigest()
 
 
-def read_bytes(root: Path, item: Item) -> bytes:
-    """The content of an image, undecoded.
+def read_bytes(root: Path, item: Item, limit: int) -> bytes:
+    """The content of an image, undecoded; at most `limit` bytes.
 
     Raises:
         OSError: when the file is missing or unreadable.
-        ValueError: when a tar has become shorter than it was.
+        ValueError: when it is no ordinary file or too large, or a tar has become shorter than it was.
     """
-    with open(root / (item.file or item.name), "rb") as file:
+    path = root / (item.file or item.name)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise ValueError("is not an ordinary file")
+    if (status.st_size if item.size < 0 else item.size) > limit:
+        raise ValueError(f"has more than {limit} bytes")
+    with path.open("rb") as file:
         file.seek(item.start)
         data = file.read(item.size)
     if item.size >= 0 and len(data) != item.size:
-        raise ValueError(f"{item.name}: the tar ends after {len(data)} of {item.size} bytes")
+        raise ValueError(f"the tar ends after {len(data)} of {item.size} bytes")
     return data
 
 
@@ -91,8 +98,8 @@ def split_folders(src: Path) -> dict[str, Path]:
 def folder_source(root: Path, classes: tuple[str, ...] | None = None) -> Source:
     """Images of ROOT/CLASS/..., at any depth; labels are the sorted class names.
 
-    Links to files and a linked class folder are followed, links to folders below it are not. Names that start with a dot
-    and files without an image's suffix are ignored and listed.
+    Links to files and a linked class folder are followed, links to folders below it are not. Names that start with a
+    dot and files without an image's suffix are ignored and listed.
 
     Args:
         root: folder whose sub-folders are the classes.
@@ -172,7 +179,7 @@ def csv_source(path: Path, num_classes: int | None = None) -> Source:
             problems.append(f"{path} has {count} classes, `data.num_classes` is {num_classes}. Raise it.")
     problems += [f"{path}, line {line}: {why}" for line, why in bad]
     if problems:
-        raise SourceError(_first_lines(problems))
+        raise SourceError(first_lines(problems))
     return Source(root, tuple(Item(p, labels[label]) for p, label, _ in rows), max(count, num_classes or 0), names)
 
 
@@ -215,6 +222,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _first_lines(problems: list[str]) -> str:
+def first_lines(problems: list[str]) -> str:
+    """The first ten problems, one per line, and how many more there are."""
     rest = [f"... and {len(problems) - 10} more lines."] if len(problems) > 10 else []
     return "\n".join(problems[:10] + rest)
