@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "shards": "write a data set as WebDataset shards",
+    "encode": "turn shards of pixels into latents of a VAE (one process; use the deepspeed launcher for several)",
     "train": "train and prune (one process; use the deepspeed launcher for several)",
     "export": "write the newest checkpoint of a run as an ordinary model",
     "sample": "draw samples of an exported model: PNG folder or npz, and a grid",

@@ -111,6 +111,10 @@ def _problems(settings: config.Config) -> list[str]:
                                                    Path(data.src).is_file()):  # fmt: skip
         what = {"folder": "folder", "csv": "file"}[data.source]
         found.append(f"`data.src`: there is no {what} {data.src}. Correct the path.")
+    if data.source in ("folder", "webdataset") and data.out:
+        src, out = Path(data.src).resolve(), Path(data.out).resolve()
+        if out == src or src in out.parents:
+            found.append(f"`data.out` must lie outside `data.src` ({data.src}), got {data.out}. Choose another folder.")
     return found
 
 
@@ -119,7 +123,7 @@ def write(settings: config.Config, dry_run: bool) -> int:
     if settings.data.source == "digits":
         return _write_digits(settings, dry_run)
     from entprune_ds.data import prepare  # loads torch and webdataset, which --help does not need
-    from entprune_ds.data.parts import TooManySkipped
+    from entprune_ds.data.resumable import TooManySkipped
 
     job = make_job(settings)
     splits = prepare.open_splits(job)

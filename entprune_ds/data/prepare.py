@@ -10,12 +10,20 @@ from typing import Any
 import numpy as np
 
 from entprune_ds import rng
-from entprune_ds.data import parts
+from entprune_ds.data import resumable
 from entprune_ds.data.image_tars import tar_paths, tar_source
 from entprune_ds.data.images import load_image
 from entprune_ds.data.latents import Example
-from entprune_ds.data.pool import run_tasks
-from entprune_ds.data.sources import Item, Source, SourceError, csv_source, folder_source, read_bytes, split_folders
+from entprune_ds.data.spawn import run_tasks
+from entprune_ds.data.image_sources import (
+    Item,
+    Source,
+    SourceError,
+    csv_source,
+    folder_source,
+    read_bytes,
+    split_folders,
+)
 
 MAX_BYTES_PER_PIXEL = 8
 """A file with more bytes than this for every pixel allowed (four channels of 16 bits) is no image to decode."""
@@ -53,7 +61,7 @@ class Task:
     """One shard to write."""
 
     out: Path
-    plan: parts.Plan
+    plan: resumable.Plan
     number: int
     root: Path
     items: tuple[tuple[str, Item], ...]
@@ -111,7 +119,7 @@ def _order(source: Source, numbers: list[int], name: str, job: Job) -> Split:
     return Split(source, tuple(numbers))
 
 
-def make_plan(job: Job, split: Split, name: str) -> parts.Plan:
+def make_plan(job: Job, split: Split, name: str) -> resumable.Plan:
     """What OUT/NAME is to become."""
     description: dict[str, Any] = {
         "source": job.kind, "split": name, "seed": job.seed, "val_fraction": job.val_fraction,
@@ -119,7 +127,7 @@ def make_plan(job: Job, split: Split, name: str) -> parts.Plan:
     }  # fmt: skip
     classes = max(split.source.num_classes, job.num_classes or 0)
     num_shards = -(-len(split.numbers) // job.shard_size)
-    return parts.Plan(description, "pixels", job.shard_size, classes, num_shards)
+    return resumable.Plan(description, "pixels", job.shard_size, classes, num_shards)
 
 
 def write_split(job: Job, split: Split, name: str, watch: Callable[[int, int], None]) -> dict[str, Any]:
@@ -139,7 +147,7 @@ def write_split(job: Job, split: Split, name: str, watch: Callable[[int, int], N
         OSError: when the disk is full or not writable.
     """
     out, plan = job.out / name, make_plan(job, split, name)
-    parts.start(out, plan)
+    resumable.start(out, plan)
     tasks = [_task(job, split, out, plan, number) for number in range(plan.num_shards)]
     done, images, skips = [], 0, 0
     for part in run_tasks(write_task, tasks, job.num_workers):
@@ -148,21 +156,21 @@ def write_split(job: Job, split: Split, name: str, watch: Callable[[int, int], N
         skips += len(part.skipped)
         watch(images, skips)
     source = split.source
-    return parts.finish(
+    return resumable.finish(
         out, plan, done, max_skipped=job.max_skipped, classes=source.classes, unusable=source.unusable,
         ignored=source.ignored,
     )  # fmt: skip
 
 
-def _task(job: Job, split: Split, out: Path, plan: parts.Plan, number: int) -> Task:
+def _task(job: Job, split: Split, out: Path, plan: resumable.Plan, number: int) -> Task:
     chosen = split.numbers[number * job.shard_size : (number + 1) * job.shard_size]
     items = tuple((f"{position:08d}", split.source.items[position]) for position in chosen)
     return Task(out, plan, number, split.source.root, items, job.image_size, job.max_pixels)
 
 
-def write_task(task: Task) -> parts.Part:
+def write_task(task: Task) -> resumable.Part:
     """Write one shard, without the images that cannot be used, unless it is finished; runs in a worker process."""
-    part = parts.read_part(task.out, task.number)
+    part = resumable.read_part(task.out, task.number)
     if part is not None and not _repaired(task, part):
         return part
     examples: list[Example] = []
@@ -173,10 +181,10 @@ def write_task(task: Task) -> parts.Part:
             skipped.append((item.name, pixels))
         else:
             examples.append((key, pixels, item.label, {"source": item.name}))
-    return parts.write_part(task.out, task.plan, task.number, examples, tuple(skipped))
+    return resumable.write_part(task.out, task.plan, task.number, examples, tuple(skipped))
 
 
-def _repaired(task: Task, part: parts.Part) -> bool:
+def _repaired(task: Task, part: resumable.Part) -> bool:
     """Whether an image that was skipped can be read now."""
     skipped = {name for name, _ in part.skipped}
     return any(not isinstance(_read(task, item), str) for _, item in task.items if item.name in skipped)

@@ -99,19 +99,23 @@ def start(out: Path, plan: Plan) -> None:
 def read_part(out: Path, number: int) -> Part | None:
     """The part of a shard that is finished and undamaged (its checksum is compared), else None."""
     try:
-        values = json.loads(part_path(out, number).read_text())
-        shard = Shard(**values["shard"]) if values["shard"] else None
-        labels = {int(label): count for label, count in values["labels"].items()}
-        skipped = tuple((name, reason) for name, reason in values["skipped"])
-        part = Part(number, shard, tuple(values["shape"]), labels, skipped)
+        part = part_from(json.loads(part_path(out, number).read_text()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # missing or half-written: the shard is written again, with the same bytes
-    if shard is not None:
-        index = Index(folder=out, shards=(shard,), shape=part.shape, num_classes=0, shard_size=0,
+    if part.shard is not None:
+        index = Index(folder=out, shards=(part.shard,), shape=part.shape, num_classes=0, shard_size=0,
                       label_histogram=None, description={})  # fmt: skip
-        if shard_problems(index, shard, checksums=True):
+        if shard_problems(index, part.shard, checksums=True):
             return None
     return part
+
+
+def part_from(values: dict[str, Any]) -> Part:
+    """A part from its plain JSON values."""
+    shard = Shard(**values["shard"]) if values["shard"] else None
+    labels = {int(label): count for label, count in values["labels"].items()}
+    skipped = tuple((name, reason) for name, reason in values["skipped"])
+    return Part(values["number"], shard, tuple(values["shape"]), labels, skipped)
 
 
 def write_part(out: Path, plan: Plan, number: int, examples: list[Example], skipped: Skips) -> Part:
