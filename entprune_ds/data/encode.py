@@ -133,9 +133,8 @@ def _encode_all(
         while batch := list(islice(entries, batch_size)):
             moments = encode_images(np.stack([pixels for _, pixels, _ in batch]), encode)
             examples += _examples(batch, moments)
-            if len(examples) == index.shards[number].count:
-                written.append(resumable.write_part(out, plan, number, examples, ()))
             yield len(batch)
+        written.append(resumable.write_part(out, plan, number, examples, ()))
 
 
 def _examples(batch: list[Entry], moments: np.ndarray) -> list[Example]:

@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 from braceexpand import braceexpand
 
-from entprune_ds.data.images import SUFFIXES
 from entprune_ds.data.image_sources import MAX_CLASSES, Item, Source, SourceError, first_lines
+from entprune_ds.data.images import SUFFIXES
 
 ParallelMap = Callable[[Callable[[Path], "Scan"], list[Path]], Iterable["Scan"]]
 MAX_LABEL_BYTES = 2**20

@@ -11,10 +11,6 @@ import numpy as np
 
 from entprune_ds import rng
 from entprune_ds.data import resumable
-from entprune_ds.data.image_tars import tar_paths, tar_source
-from entprune_ds.data.images import load_image
-from entprune_ds.data.latents import Example
-from entprune_ds.data.spawn import run_tasks
 from entprune_ds.data.image_sources import (
     Item,
     Source,
@@ -24,6 +20,10 @@ from entprune_ds.data.image_sources import (
     read_bytes,
     split_folders,
 )
+from entprune_ds.data.image_tars import tar_paths, tar_source
+from entprune_ds.data.images import load_image
+from entprune_ds.data.latents import Example
+from entprune_ds.data.spawn import run_tasks
 
 MAX_BYTES_PER_PIXEL = 8
 """A file with more bytes than this for every pixel allowed (four channels of 16 bits) is no image to decode."""
