@@ -33,19 +33,15 @@ def test_halving_is_the_mean_of_2x2_pixels_and_the_centre_is_cut():
     means = image.astype(float).reshape(16, 2, 22, 2, 3).mean((1, 3))
     found = load(file_of(image)).astype(float)
     assert found.shape == (3, 16, 16)
-    assert np.abs(found - means[:, 3:19].transpose(2, 0, 1)).max() <= 0.5
+    assert np.abs(found - means[:, 3:19].transpose(2, 0, 1)).max() <= 1  # rounded once per axis
     assert np.array_equal(load(file_of(image), size=32), image[:, 6:38].transpose(2, 0, 1))  # nothing to resize
 
 
-def test_the_remaining_factor_is_bicubic_after_halving_only_while_the_short_side_is_twice_the_size():
+def test_bicubic_does_the_rest_once_the_short_side_is_below_twice_the_size():
     image = Image.fromarray(noise(100, 70))
-    once = image.resize((35, 50), Image.Resampling.BOX)
-    expected = once.resize((16, 23), Image.Resampling.BICUBIC).crop((0, 3, 16, 19))
-    assert np.array_equal(np.asarray(center_crop(image, 16, LIMIT)), np.asarray(
-        once.resize((17, 25), Image.Resampling.BOX).resize((16, 24), Image.Resampling.BICUBIC).crop((0, 4, 16, 20))
-    ))  # 70 -> 35 -> 17 (17 < 32), then bicubic  # fmt: skip
-    assert np.array_equal(np.asarray(center_crop(once, 16, LIMIT)), np.asarray(center_crop(image, 16, LIMIT)))
-    assert not np.array_equal(np.asarray(center_crop(image, 16, LIMIT)), np.asarray(expected))
+    twice = image.resize((35, 50), Image.Resampling.BOX).resize((17, 25), Image.Resampling.BOX)  # 35 >= 32 > 17
+    expected = twice.resize((16, 24), Image.Resampling.BICUBIC).crop((0, 4, 16, 20))
+    assert np.array_equal(np.asarray(center_crop(image, 16, LIMIT)), np.asarray(expected))
     assert load(file_of(noise(5, 9))).shape == (3, 16, 16)  # small images grow
 
 
@@ -92,9 +88,9 @@ def test_a_decompression_bomb_is_refused_by_its_header():
     assert len(bomb) < 50_000
     with pytest.raises(ImageError, match=r"a/b.png: more than 100000000 pixels \(`data.max_pixels`\)"):
         load(bomb)
-    assert load(file_of(noise(10, 10)), limit=100).shape == (3, 16, 16)
+    assert load(file_of(noise(10, 10)), size=8, limit=100).shape == (3, 8, 8)
     with pytest.raises(ImageError, match="more than 99 pixels"):
-        load(file_of(noise(10, 10)), limit=99)
+        load(file_of(noise(10, 10)), size=8, limit=99)
     assert Image.MAX_IMAGE_PIXELS not in (99, 100)  # Pillow's own limit is as it was
 
 
