@@ -84,6 +84,10 @@ class DataConfig:
     """Virtual readers that define the order of examples; the data-parallel size must divide it."""
     shuffle_buffer: int = 1024
     """Examples that one reader shuffles together."""
+    flip: bool = False
+    """Mirror each example with probability 1/2, anew in every epoch; for shards of pixels and of moments."""
+    latent_scale: float = 0.18215
+    """Factor of the latents that are drawn from moments (0.18215 for the VAE of DiT and SiT)."""
     out: str = ""
     """`shards` command: the folder to write."""
     shard_size: int = 128
