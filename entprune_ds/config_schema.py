@@ -84,6 +84,10 @@ class DataConfig:
     """Virtual readers that define the order of examples; the data-parallel size must divide it."""
     shuffle_buffer: int = 1024
     """Examples that one reader shuffles together."""
+    flip: bool = False
+    """Mirror each example with probability 1/2, anew in every epoch; for shards of pixels and of moments."""
+    latent_scale: float = 0.18215
+    """Factor of the latents that are drawn from moments (0.18215 for the VAE of DiT and SiT)."""
     out: str = ""
     """`shards` and `encode` commands: the folder to write."""
     shard_size: int = 128
@@ -100,7 +104,7 @@ class DataConfig:
     """`shards` command: share of the images for OUT/val, drawn by run.seed; 0 for sources that have a folder val."""
     num_workers: int = 0
     """`shards` command: processes that read and crop images side by side; 0 works in this one."""
-    max_skipped: float = 0.01
+    max_unreadable: float = 0.01
     """`shards` command: largest share of the images that may be unreadable."""
     max_pixels: int = 100_000_000
     """`shards` command: largest width x height of an image; larger ones count as unreadable."""

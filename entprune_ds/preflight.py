@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from entprune_ds.config import Config, config_from_dict, problems_of, to_dict
-from entprune_ds.data.shards import Index, check_shards, load_index
+from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import batch_plan, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
@@ -21,7 +21,7 @@ FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample")
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
     "data.source", "data.src", "data.image_size", "data.num_classes", "data.val_fraction", "data.num_workers",
-    "data.max_skipped", "data.max_pixels", "data.encode_batch", "data.encode_dtype",
+    "data.max_unreadable", "data.max_pixels", "data.encode_batch", "data.encode_dtype",
     "model.weights",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws",
@@ -87,8 +87,8 @@ def _fit_problems(config: Config, index: Index, key: str) -> list[str]:
     model, found = config.model, []
     wanted = (model.in_channels, model.input_size, model.input_size)
     if index.latent_shape != wanted:
-        message = f"`{key}`: {index.folder} holds examples of shape {list(index.latent_shape)}, but the model takes {list(wanted)}. "
-        found.append(message + "Set model.in_channels and model.input_size, or choose other shards.")
+        message = f"`{key}`: {index.folder} holds examples of shape {list(index.latent_shape)}, but the model takes "
+        found.append(f"{message}{list(wanted)}. Set model.in_channels and model.input_size, or choose other shards.")
     if index.num_classes > model.num_classes:
         message = (
             f"`{key}`: {index.folder} has {index.num_classes} classes, but `model.num_classes` is {model.num_classes}."

@@ -17,8 +17,9 @@ import webdataset
 
 from entprune_ds.cli import shards as shards_command
 from entprune_ds.data import builtin
-from entprune_ds.data.latents import decode_array, decode_label, decode_meta, encode_array, encode_example
-from entprune_ds.data.shards import ShardError, check_shards, load_index, resolve, write_shards
+from entprune_ds.data.index import check_shards, load_index, resolve
+from entprune_ds.data.latents import ShardError, decode_array, decode_label, decode_meta, encode_array, encode_example
+from entprune_ds.data.shards import write_shards
 from entprune_ds.data.stream import Stream, first_examples, merge_states, read_all, read_shard
 
 COUNT, SHARD_SIZE, READERS, BUFFER, BATCH = 250, 15, 4, 20, 8  # 17 shards, the last one of 10 examples
@@ -377,10 +378,8 @@ def test_a_folder_or_a_brace_pattern_names_shards(index):
         load_index(f"{folder}/shard-{{000000..000018}}.tar")
 
 
-@pytest.mark.parametrize(
-    "spec", ["pipe:cat x.tar", "http://host/in-{00..10}.tar", "s3://bucket/x.tar", "a.tar::b.tar", ""]
-)
-def test_only_local_files_are_read(spec):
+@pytest.mark.parametrize("spec", ["pipe:cat x.tar", "file:///in-{00..10}.tar", "s3://bucket/x.tar", "a.tar::b.tar", ""])
+def test_only_local_files_and_web_addresses_are_read(spec):
     with pytest.raises(ShardError, match=r"must be a local folder or tar pattern.*Copy them"):
         load_index(spec)
 

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from entprune_ds.data.latents import decode_array, encode_array
-from entprune_ds.data.shards import ShardError, check_shards, load_index, write_shards
+from entprune_ds.data.index import check_shards, load_index
+from entprune_ds.data.latents import ShardError, decode_array, encode_array
+from entprune_ds.data.shards import write_shards
 from entprune_ds.data.stream import read_shard
 
 CLASSES = 5

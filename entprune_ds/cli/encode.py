@@ -6,10 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help
 from entprune_ds.config import Config, ConfigError, load_config
 from entprune_ds.config_checks import image_problems
+
+if TYPE_CHECKING:
+    from entprune_ds.data.index import Index
 
 HELP = """\
 Encode images once, so that training of a latent model reads small files: the VAE's moments (mean and log-variance) of
@@ -78,7 +82,7 @@ def find_folders(config: Config) -> dict[str, tuple[str, Path]]:
 
 def _describe(folders: dict[str, tuple[str, Path]]) -> int:
     """--dry-run: what there is to encode."""
-    from entprune_ds.data.shards import ShardError, load_index
+    from entprune_ds.data.index import ShardError, load_index
 
     for name, (source, out) in folders.items():
         try:
@@ -103,7 +107,7 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
     from entprune_ds import comm
     from entprune_ds.cli.train import limit_threads
     from entprune_ds.data.encode import encode_shards
-    from entprune_ds.data.shards import load_index
+    from entprune_ds.data.index import load_index
     from entprune_ds.interop.vae import load_vae
     from entprune_ds.logs import progress
 
@@ -121,16 +125,16 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
         with progress(f"encode, {name}", total=index.total) as line:
             result = encode_shards(
                 index, out, vae.encode, {**facts, "split": name}, batch_size=config.data.encode_batch,
-                classes=class_names(index.folder), watch=line.update,
+                classes=class_names(index), watch=line.update,
             )  # fmt: skip
         if comm.is_main():
             print(f"{name}: {result['total']} examples in {len(result['shards'])} shards, {out}", flush=True)
     return 0
 
 
-def class_names(folder: Path) -> tuple[str, ...] | None:
-    """The class names beside an index, where there are any."""
-    path = folder / "classes.json"
+def class_names(index: Index) -> tuple[str, ...] | None:
+    """The class names beside a local index, where there are any."""
+    path = Path(str(index.folder), "classes.json")
     return tuple(json.loads(path.read_text())) if path.is_file() else None
 
 

@@ -83,7 +83,7 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any]:
     Raises:
         ValueError: when the data is not digits, or samples and data do not fit.
     """
-    from entprune_ds.data.shards import load_index
+    from entprune_ds.data.index import load_index
     from entprune_ds.data.stream import read_all
     from entprune_ds.evaluation.features import load_or_train
     from entprune_ds.evaluation.images import to_uint8

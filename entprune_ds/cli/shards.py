@@ -42,7 +42,7 @@ settings:
   data.num_workers=0            processes that work side by side: give the number of cores
   data.val_fraction=0           share of the images for DIR/val, where the source has no folder val
   data.num_classes=null         labels lie below it; null takes what the source has
-  data.max_skipped=0.01         largest share of the images that may be unreadable
+  data.max_unreadable=0.01         largest share of the images that may be unreadable
   data.max_pixels=100000000     largest width x height; larger images are skipped
   run.seed=0                    decides which images are for validation, and the order
   preset=NAME                   settings to start from: a packaged name, or a .yaml file
@@ -156,7 +156,7 @@ def make_job(settings: config.Config) -> Job:
     return Job(
         kind=data.source, src=data.src, out=Path(data.out), image_size=data.image_size, max_pixels=data.max_pixels,
         shard_size=data.shard_size, num_classes=data.num_classes, val_fraction=data.val_fraction,
-        max_skipped=data.max_skipped, seed=settings.run.seed, num_workers=data.num_workers,
+        max_unreadable=data.max_unreadable, seed=settings.run.seed, num_workers=data.num_workers,
     )  # fmt: skip
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.data import resumable
+from entprune_ds.data.index import Index, check_shards
 from entprune_ds.data.latents import Entry, Example
-from entprune_ds.data.shards import Index, check_shards
-from entprune_ds.data.stream import read_shard
+from entprune_ds.data.reader import read_shard
 
 Encode = Callable[[Tensor], Tensor]
 """Images (N,3,H,W) f32 in [-1, 1] -> moments (N,2C,h,w): mean and log-variance, one after the other."""
@@ -97,7 +97,7 @@ def _finish(
     out: Path, plan: resumable.Plan, finished: dict[int, resumable.Part], classes: tuple[str, ...] | None
 ) -> Any:
     if comm.is_main():
-        return resumable.finish(out, plan, list(finished.values()), max_skipped=0, classes=classes)
+        return resumable.finish(out, plan, list(finished.values()), max_unreadable=0, classes=classes)
     return plan.wanted()
 
 

@@ -42,7 +42,7 @@ class Job:
     shard_size: int
     num_classes: int | None
     val_fraction: float
-    max_skipped: float
+    max_unreadable: float
     seed: int
     num_workers: int
 
@@ -157,7 +157,7 @@ def write_split(job: Job, split: Split, name: str, watch: Callable[[int, int], N
         watch(images, skips)
     source = split.source
     return resumable.finish(
-        out, plan, done, max_skipped=job.max_skipped, classes=source.classes, unusable=source.unusable,
+        out, plan, done, max_unreadable=job.max_unreadable, classes=source.classes, unusable=source.unusable,
         ignored=source.ignored,
     )  # fmt: skip
 

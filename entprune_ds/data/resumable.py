@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from entprune_ds.data.index import INDEX, Index, Shard, shard_problems
 from entprune_ds.data.latents import Example, ShardError, checked_examples
-from entprune_ds.data.shards import INDEX, Index, Shard, replacing, shard_problems, write_index, write_shard
+from entprune_ds.data.shards import replacing, write_index, write_shard
 
 PLAN = "plan.json"
 SKIPPED = "skipped.csv"
@@ -59,7 +60,7 @@ class Part:
 
 
 class TooManySkipped(ValueError):
-    """More examples had to be skipped than `data.max_skipped` allows."""
+    """More examples had to be skipped than `data.max_unreadable` allows."""
 
 
 def shard_path(out: Path, number: int) -> Path:
@@ -138,7 +139,7 @@ def write_part(out: Path, plan: Plan, number: int, examples: list[Example], skip
 
 
 def finish(
-    out: Path, plan: Plan, parts: list[Part], *, max_skipped: float, classes: tuple[str, ...] | None = None,
+    out: Path, plan: Plan, parts: list[Part], *, max_unreadable: float, classes: tuple[str, ...] | None = None,
     unusable: Skips = (), ignored: Skips = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Write skipped.csv, classes.json (where there are names) and, last, index.json.
@@ -147,7 +148,7 @@ def finish(
         out: folder of the shards.
         plan: what was to be written.
         parts: all of them.
-        max_skipped: largest share of the examples that may be missing.
+        max_unreadable: largest share of the examples that may be missing.
         classes: class names by label.
         unusable: skipped before any shard was written.
         ignored: files that are no examples; listed, but not counted.
@@ -164,11 +165,11 @@ def finish(
     shards = [asdict(part.shard) for part in parts if part.shard is not None]
     labels = sum((Counter(part.labels) for part in parts), Counter())
     total = labels.total()
-    if len(skipped) > max_skipped * (total + len(skipped)):
+    if len(skipped) > max_unreadable * (total + len(skipped)):
         (out / INDEX).unlink(missing_ok=True)
         lines = [f"  {name}: {reason}" for name, reason in skipped[:10]]
-        head = f"{len(skipped)} of {total + len(skipped)} examples had to be skipped, `data.max_skipped` allows "
-        tail = f"{max_skipped:g} of them. All are listed in {out / SKIPPED}. Repair the data, or raise the limit:"
+        head = f"{len(skipped)} of {total + len(skipped)} examples had to be skipped, `data.max_unreadable` allows "
+        tail = f"{max_unreadable:g} of them. All are listed in {out / SKIPPED}. Repair the data, or raise the limit:"
         raise TooManySkipped("\n".join([head + tail, *lines]))
     if not shards:
         raise ValueError(f"There is nothing to write to {out}.")
