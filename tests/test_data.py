@@ -450,7 +450,7 @@ def test_command_writes_says_so_and_repeats_without_change(tmp_path, capsys):
 def test_command_lists_all_problems_and_writes_nothing(tmp_path, capsys):
     assert shards_command.main(["data.shard_size=0", "source=cats"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and "`source` must be one of digits, got cats" in lines[0]
+    assert len(lines) == 3 and "`data.source` must be one of digits, folder, csv, webdataset, got cats" in lines[0]
     assert "`data.out` is missing" in lines[1] and "`data.shard_size` must be above 0" in lines[2]
     assert shards_command.main(["out=x", "data.shardsize=4", "oops"]) == 2
     assert "Did you mean `data.shard_size`" in capsys.readouterr().err

@@ -117,15 +117,20 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
         comm.init(config.run.timeout_seconds)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # 0.001 of error in fp32 otherwise
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    vae = load_vae(config.sample.vae, config.sample.vae_revision)
-    facts = {"source": "vae moments", "vae": vae.name, "vae_revision": vae.revision,
-             "scaling_factor": vae.scaling_factor, "dtype": config.data.encode_dtype}  # fmt: skip
+    batch_size, device = config.data.encode_batch, comm.device()
+    vae = load_vae(config.sample.vae, config.sample.vae_revision, device, batch_size)
+    facts = {"source": "vae moments", **vae.protocol, "dtype": config.data.encode_dtype}
+
+    def moments(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.data.encode_dtype == "bfloat16"):
+            return vae.encode(images)
+
     for name, index in indices.items():
         out = folders[name][1]
         with progress(f"encode, {name}", total=index.total) as line:
             result = encode_shards(
-                index, out, vae.encode, {**facts, "split": name}, batch_size=config.data.encode_batch,
-                classes=class_names(index), watch=line.update,
+                index, out, moments, {**facts, "split": name}, batch_size=batch_size, classes=class_names(index),
+                watch=line.update,
             )  # fmt: skip
         if comm.is_main():
             print(f"{name}: {result['total']} examples in {len(result['shards'])} shards, {out}", flush=True)

@@ -12,6 +12,7 @@ from entprune_ds.config_checks import image_problems
 
 if TYPE_CHECKING:
     from entprune_ds.data.prepare import Job, Split
+    from entprune_ds.data.spawn import Workers
 
 HELP = """\
 usage: entprune-ds shards [preset=NAME] source=NAME src=PATH out=DIR [key=value ...] [--dry-run] [--help]
@@ -105,7 +106,7 @@ def _problems(settings: config.Config) -> list[str]:
         found.append(f"`data.source` is missing: say what {data.src} is, e.g. source=folder.")
     if data.source == "digits" and data.val_fraction:
         found.append("`data.val_fraction` is not for source=digits, which has its own validation images. Leave it out.")
-    if data.source != "digits" and not data.src:
+    if data.source in ("folder", "csv", "webdataset") and not data.src:
         found.append(f"`data.src` is missing: name the {data.source} to read, e.g. src=/data/birds.")
     elif data.source in ("folder", "csv") and not (Path(data.src).is_dir() if data.source == "folder" else
                                                    Path(data.src).is_file()):  # fmt: skip
@@ -123,29 +124,42 @@ def write(settings: config.Config, dry_run: bool) -> int:
     if settings.data.source == "digits":
         return _write_digits(settings, dry_run)
     from entprune_ds.data import prepare  # loads torch and webdataset, which --help does not need
-    from entprune_ds.data.resumable import TooManySkipped
+    from entprune_ds.data.spawn import Workers
 
     job = make_job(settings)
-    splits = prepare.open_splits(job)
-    for name, split in splits.items():
-        _describe(job, name, split, prepare.make_plan(job, split, name).num_shards, dry_run)
-    failed = []
-    for name, split in {} if dry_run else splits.items():
-        with logs.progress(f"shards, {name}", total=len(split.numbers)) as line:
-            watch = lambda done, skipped, line=line: line.update(done, f"{skipped} skipped" * bool(skipped))  # noqa: E731
-            try:
-                index = prepare.write_split(job, split, name, watch)
-            except TooManySkipped as error:
-                failed.append(str(error))
-                continue
-        out = job.out / name
-        print(f"{name}: {index['total']} examples in {len(index['shards'])} shards, {out}")
-        if index["skipped"] or index["ignored"]:
-            counts = f"{index['skipped']} images skipped, {index['ignored']} other files ignored"
-            print(f"{name}: {counts}; all of them with the reason: {out / 'skipped.csv'}")
+    with Workers(settings.data.num_workers) as workers:
+        splits = prepare.open_splits(job, workers)
+        for name, split in splits.items():
+            _describe(job, name, split, prepare.make_plan(job, split, name).num_shards, dry_run)
+        if dry_run:
+            return 0
+        failed = [text for name, split in splits.items() if (text := _write_split(job, split, name, workers))]
     for text in failed:
         print(text, file=sys.stderr)
     return 1 if failed else 0
+
+
+def _write_split(job: Job, split: Split, name: str, workers: Workers) -> str:
+    """Write one split with a progress line, and say what is there now; returns why it failed, or nothing."""
+    from entprune_ds.data.prepare import write_split
+    from entprune_ds.data.resumable import TooManySkipped
+
+    with logs.progress(f"shards, {name}", total=len(split.numbers)) as line:
+        try:
+            index = write_split(
+                job,
+                split,
+                name,
+                workers,
+                lambda done, skipped: line.update(done, f"{skipped} skipped" if skipped else ""),
+            )
+        except TooManySkipped as error:
+            return str(error)
+    print(f"{name}: {index['total']} examples in {len(index['shards'])} shards, {job.out / name}")
+    if index["skipped"] or index["ignored"]:
+        counts = f"{index['skipped']} images skipped, {index['ignored']} other files ignored"
+        print(f"{name}: {counts}; all of them with the reason: {job.out / name / 'skipped.csv'}")
+    return ""
 
 
 def make_job(settings: config.Config) -> Job:
@@ -156,7 +170,7 @@ def make_job(settings: config.Config) -> Job:
     return Job(
         kind=data.source, src=data.src, out=Path(data.out), image_size=data.image_size, max_pixels=data.max_pixels,
         shard_size=data.shard_size, num_classes=data.num_classes, val_fraction=data.val_fraction,
-        max_unreadable=data.max_unreadable, seed=settings.run.seed, num_workers=data.num_workers,
+        max_unreadable=data.max_unreadable, seed=settings.run.seed,
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def encode_shards(
     """
     everything = {**description, "pixels": index.digest, "image_size": list(index.shape[1:])}
     plan = resumable.Plan(everything, "moments", index.shard_size, index.num_classes, len(index.shards))
-    _together(lambda: _start(index, out, plan))
+    _together(lambda: _start(index, out, plan, encode))
     finished = _finished(out, plan)
     todo = [number for number in range(plan.num_shards) if number not in finished]
     mine = todo[comm.rank() :: comm.world_size()]
@@ -71,9 +71,15 @@ def encode_shards(
     return _together(lambda: _finish(out, plan, finished, classes))
 
 
-def _start(index: Index, out: Path, plan: resumable.Plan) -> None:
+def _start(index: Index, out: Path, plan: resumable.Plan, encode: Encode) -> None:
     if index.kind != "pixels" or index.shape[0] != 3:
         raise ValueError(f"{index.folder} holds {index.kind} of shape {list(index.shape)}, not RGB pixels to encode.")
+    height, width = index.shape[1:]
+    shape = encode_images(np.zeros((1, *index.shape), np.uint8), encode).shape
+    factor = height // max(shape[-2], 1)
+    if factor.bit_count() != 1 or (factor * shape[-2], factor * shape[-1]) != (height, width):
+        message = f"The VAE cannot halve images of {height}x{width} as often as it must ({index.folder}). "
+        raise ValueError(message + "Write them with another data.image_size: 256 or 512 for Stable Diffusion's VAEs.")
     if comm.is_main():
         problems = check_shards(index, checksums=False)
         if problems:

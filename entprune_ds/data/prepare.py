@@ -23,7 +23,7 @@ from entprune_ds.data.image_sources import (
 from entprune_ds.data.image_tars import tar_paths, tar_source
 from entprune_ds.data.images import load_image
 from entprune_ds.data.latents import Example
-from entprune_ds.data.spawn import run_tasks
+from entprune_ds.data.spawn import Workers
 
 MAX_BYTES_PER_PIXEL = 8
 """A file with more bytes than this for every pixel allowed (four channels of 16 bits) is no image to decode."""
@@ -44,7 +44,6 @@ class Job:
     val_fraction: float
     max_unreadable: float
     seed: int
-    num_workers: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Task:
     max_pixels: int
 
 
-def open_splits(job: Job) -> dict[str, Split]:
+def open_splits(job: Job, workers: Workers) -> dict[str, Split]:
     """List the images of every split.
 
     SRC with exactly the sub-folders train and val gives both. Otherwise everything is for training, apart from the
@@ -93,8 +92,7 @@ def open_splits(job: Job) -> dict[str, Split]:
             sources[name] = folder_source(folder, sources["train"].classes if "train" in sources else None)
         else:
             known = sources["train"].num_classes if "train" in sources else job.num_classes
-            scan = lambda function, paths: run_tasks(function, paths, job.num_workers)  # noqa: E731
-            sources[name] = tar_source(tar_paths(str(folder)), known, scan)
+            sources[name] = tar_source(tar_paths(str(folder)), known, workers.run)
     if "val" not in sources:
         return _divide(sources["train"], job)
     return {name: _order(source, list(range(len(source.items))), name, job) for name, source in sources.items()}
@@ -130,13 +128,16 @@ def make_plan(job: Job, split: Split, name: str) -> resumable.Plan:
     return resumable.Plan(description, "pixels", job.shard_size, classes, num_shards)
 
 
-def write_split(job: Job, split: Split, name: str, watch: Callable[[int, int], None]) -> dict[str, Any]:
+def write_split(
+    job: Job, split: Split, name: str, workers: Workers, watch: Callable[[int, int], None]
+) -> dict[str, Any]:
     """Write OUT/NAME; finished shards of an earlier start are kept.
 
     Args:
         job: the settings.
         split: the images.
         name: train or val.
+        workers: the processes that write.
         watch: called with the examples that are done and the number skipped so far.
 
     Returns: the content of index.json.
@@ -150,7 +151,7 @@ def write_split(job: Job, split: Split, name: str, watch: Callable[[int, int], N
     resumable.start(out, plan)
     tasks = [_task(job, split, out, plan, number) for number in range(plan.num_shards)]
     done, images, skips = [], 0, 0
-    for part in run_tasks(write_task, tasks, job.num_workers):
+    for part in workers.run(write_task, tasks):
         done.append(part)
         images += sum(part.labels.values()) + len(part.skipped)
         skips += len(part.skipped)

@@ -16,33 +16,48 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], num_workers: int) -> Iterator[Result]:
-    """Results of function(task), in the order in which they are ready.
+class Workers:
+    """Processes that are started at the first use and end with the `with` block.
 
     Args:
-        function: of a module, so that a fresh process can import it.
-        tasks: plain values.
-        num_workers: processes; 0 runs everything here.
-
-    Raises:
-        ValueError: when a worker is killed, for instance because memory is short.
+        number: processes; 0 runs everything in this one.
     """
-    if num_workers == 0 or not tasks:
-        yield from map(function, tasks)
-        return
-    workers = min(num_workers, len(tasks))
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy threads and locks in an unknown state
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
-    try:
-        for future in as_completed([pool.submit(function, task) for task in tasks]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        message = (
-            "A worker process was killed, perhaps for lack of memory. What is finished stays: the same command goes "
-        )
-        raise ValueError(message + "on; lower `data.num_workers` if it happens again.") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def __init__(self, number: int):
+        self.number = number
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
+        """Results of function(task), in the order in which they are ready.
+
+        Args:
+            function: of a module, so that a fresh process can import it.
+            tasks: plain values.
+
+        Raises:
+            ValueError: when a worker is killed, for instance because memory is short.
+        """
+        if self.number == 0:
+            yield from map(function, tasks)
+            return
+        if self.pool is None:
+            spawn = multiprocessing.get_context("spawn")  # a fork would copy threads and locks in an unknown state
+            self.pool = ProcessPoolExecutor(self.number, mp_context=spawn, initializer=_start_worker)
+        try:
+            for future in as_completed([self.pool.submit(function, task) for task in tasks]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            message = (
+                "A worker process was killed, perhaps for lack of memory. What is finished stays: the same command "
+            )
+            raise ValueError(message + "goes on; lower `data.num_workers` if it happens again.") from error
 
 
 def _start_worker() -> None:
