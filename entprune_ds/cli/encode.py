@@ -61,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     except comm.DistributedError as error:
         refuse(str(error).splitlines())
         return 1
+    except RuntimeError as error:  # of a collective: everything else is reported by the rank that it happens to
+        reason = str(error).splitlines()[0]
+        refuse([f"another rank is gone ({reason}). What is finished stays: the same command goes on."])
+        return 1
     finally:
         comm.shutdown()
 
