@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from entprune_ds.interop.safetensors import (
-    architecture_problems,
-    key_report,
     load_model,
     read_export,
     save_model,
     tensor_reader,
 )
+from entprune_ds.interop.tensors import key_report
+from entprune_ds.interop.weights import architecture_problems
 from entprune_ds.models.dit import DiT
 from tests.tiny import MODEL
 

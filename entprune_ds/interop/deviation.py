@@ -28,7 +28,7 @@ def formula_deviation(source: Source, *, frequency_shift: float, norm_eps: float
         to judge them by), and both pairs of constants.
     """
     ours = {"frequency_shift": source.model.frequency_shift, "norm_eps": source.model.norm_eps}
-    theirs = {"frequency_shift": frequency_shift, "norm_eps": norm_eps}
+    theirs: dict[str, Any] = {"frequency_shift": frequency_shift, "norm_eps": norm_eps}
     if ours == theirs:
         return {}
     own = _outputs(source)

@@ -76,7 +76,7 @@ def write_tensors(path: Path, shapes: Shapes, read: Reader) -> None:
             if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
                 found = f"{list(tensor.shape)} {tensor.dtype}"
                 raise ValueError(f"{name} must be {list(shape)} float32 to be written to {path}, got {found}.")
-            file.write(memoryview(tensor.view(-1).numpy()).cast("B"))
+            file.write(tensor.view(-1).numpy().data)
 
 
 def replace_with(final: Path, write: Callable[[Path], object]) -> Path:

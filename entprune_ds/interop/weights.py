@@ -11,6 +11,8 @@ from entprune_ds.interop.diffusers import open_diffusers
 from entprune_ds.interop.official import open_official
 from entprune_ds.interop.safetensors import FORMAT, open_export
 from entprune_ds.interop.source import NOT_ARCHITECTURE, Source, loaded_model
+from entprune_ds.interop.tensors import Reader
+from entprune_ds.logs import get_logger
 from entprune_ds.models.dit import DiT
 
 KNOWN = "Known: an export folder, an official .pt or .safetensors file, a diffusers DiTPipeline or transformer folder."
@@ -58,18 +60,43 @@ def open_weights(
     )
 
 
-def load_weights(path: Path, assumed: ModelConfig) -> tuple[DiT, dict[str, Any]]:
+def load_any(path: Path, assumed: ModelConfig) -> tuple[DiT, dict[str, Any]]:
     """A model of any known format in fp32 on the CPU, in evaluation mode, and its facts, as `load_model` gives them.
 
     Raises:
         ValueError: as `open_weights`.
     """
+    source = _opened(path, assumed)
+    return loaded_model(source), _facts(source)
+
+
+def describe_any(path: Path, assumed: ModelConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    """Architecture and facts of a model of any known format, as `read_export` gives them.
+
+    Raises:
+        ValueError: as `open_weights`.
+    """
     source = open_weights(path, assumed=assumed)
-    return loaded_model(source), facts_of(source)
+    return source.model, _facts(source)
 
 
-def facts_of(source: Source) -> dict[str, Any]:
-    """Facts with the keys of an export's config.json: model, kept_blocks, weights, step, ..."""
+def read_any(path: Path, assumed: ModelConfig) -> Reader:
+    """Parameter name -> f32 tensor of a model of any known format, often a read-only view of the file.
+
+    Raises:
+        ValueError: as `open_weights`.
+    """
+    return _opened(path, assumed).read
+
+
+def _opened(path: Path, assumed: ModelConfig) -> Source:
+    source = open_weights(path, assumed=assumed)
+    for note in source.notes:
+        get_logger().info(note)
+    return source
+
+
+def _facts(source: Source) -> dict[str, Any]:
     return {"model": to_dict(source.model), "kept_blocks": list(source.model.blocks), **source.facts}
 
 
@@ -83,9 +110,9 @@ def architecture_problems(wanted: ModelConfig, path: Path) -> list[str]:
     keys = [k for k in a if k not in (*NOT_ARCHITECTURE, "kept_blocks") and a[k] != b[k]]
     problems = []
     for key in keys:
-        message = f"`model.{key}` is {a[key]}, but `model.weights` ({path}) has {b[key]}. Make them equal"
-        change = f", or change them with `entprune-ds import src={path} out=DIR model.{key}={a[key]}`"
-        problems.append(message + (change if key in ("num_classes", "num_heads") else "") + ".")
+        message = f"`model.{key}` is {a[key]}, but `model.weights` ({path}) has {b[key]}. Make them equal."
+        change = f" For other classes, first: entprune-ds import src={path} out=DIR model.num_classes={a[key]}"
+        problems.append(message + (change if key == "num_classes" else ""))
     missing = sorted(set(wanted.blocks) - set(found.blocks))
     if missing and not keys:
         message = f"`model.weights` ({path}) no longer has blocks {missing}. "
