@@ -97,7 +97,7 @@ def open_diffusers(folder: Path, given: dict[str, Any] | None = None) -> Source:
         ValueError: a damaged or incomplete folder, another architecture, keys that do not fit (all listed), or
             blocks whose embedders differ from each other.
     """
-    folder = folder / "transformer" if (folder / "model_index.json").is_file() else folder
+    folder = transformer_folder(folder)
     path = folder / WEIGHTS
     values = _config(folder)
     if not path.is_file():
@@ -122,6 +122,12 @@ def open_diffusers(folder: Path, given: dict[str, Any] | None = None) -> Source:
         raise ValueError(f"{path} does not fit its config.json: " + "; ".join(problems))
     _check_copies(model, read, path)
     return source
+
+
+def transformer_folder(folder: Path) -> Path:
+    """The folder of the transformer itself: a pipeline, and our export of a SiT, hold it as a sub-folder."""
+    inner = folder / "transformer"
+    return inner if inner.is_dir() and not (folder / "config.json").is_file() else folder
 
 
 def _reader(model: ModelConfig, read: Reader) -> Reader:

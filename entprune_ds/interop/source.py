@@ -98,15 +98,18 @@ def change_classes(source: Source, num_classes: int, seed: int) -> Source:
 
 def model_on_file(source: Source) -> DiT:
     """The model with its weights left in the mapped file where the format allows; for inference only."""
-    with torch.device("meta"):
-        model = DiT(replace(source.model, compile=False))
-    model.load_state_dict({name: source.read(name) for name in source.shapes}, strict=True, assign=True)
-    model.pos_embed = position_embedding(source.model.hidden_size, model.side)
-    return model.eval().requires_grad_(False)
+    return _built(source, {name: source.read(name) for name in source.shapes})
 
 
 def loaded_model(source: Source) -> DiT:
     """The model in fp32 on the CPU with weights of its own, in evaluation mode."""
-    model = DiT(source.model)
-    model.load_state_dict({name: source.read(name) for name in source.shapes}, strict=True)
+    return _built(source, {name: source.read(name).clone() for name in source.shapes})
+
+
+def _built(source: Source, weights: dict[str, Tensor]) -> DiT:
+    """The model around these tensors; nothing is initialised or copied."""
+    with torch.device("meta"):
+        model = DiT(source.model)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.pos_embed = position_embedding(source.model.hidden_size, model.side)
     return model.eval().requires_grad_(False)

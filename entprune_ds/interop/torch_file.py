@@ -58,7 +58,7 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged or hostile file may raise anything: KeyError, EOFError, UnpicklingError, ...
-        why = " ".join(str(error).split()).split(" Please ")[0][:300]
+        why = " ".join(str(error).split()).split("WeightsUnpickler error: ")[-1].split(" Please ")[0][:300]
         if "zipfile_serialization" in why:
             message = f"{path} has the format of torch before 1.6, or is no .pt file. Load it once with "
             raise ValueError(message + "torch.load(..., weights_only=True) and save it again.") from error

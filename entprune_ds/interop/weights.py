@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from entprune_ds.config import ModelConfig, to_dict
-from entprune_ds.interop.diffusers import open_diffusers
+from entprune_ds.interop.diffusers import open_diffusers, transformer_folder
 from entprune_ds.interop.official import open_official
 from entprune_ds.interop.safetensors import FORMAT, open_export
 from entprune_ds.interop.source import NOT_ARCHITECTURE, Source, loaded_model
@@ -45,7 +45,7 @@ def open_weights(
             return open_official(path, weights, given, assumed)
     if weights is not None:
         raise ValueError(f"{path} holds one set of weights. Leave `weights` out.")
-    if (path / "model_index.json").is_file() or _format(path) == "diffusers":
+    if (path / "model_index.json").is_file() or _format(transformer_folder(path)) == "diffusers":
         return open_diffusers(path, given)
     if path.is_dir():
         source = open_export(path)
@@ -55,9 +55,8 @@ def open_weights(
             values = ", ".join(f"`model.{k}` is {given[k]}, but {path} has {known[k]}" for k in wrong)
             raise ValueError(f"{values}. Leave them out.")
         return source
-    raise ValueError(
-        f"{path} is no model: it {'is of an unknown kind' if path.exists() else 'does not exist'}. {KNOWN}"
-    )
+    why = "it is of an unknown kind" if path.exists() else "it does not exist"
+    raise ValueError(f"{path} is not an exported model, nor another known one: {why}. {KNOWN}")
 
 
 def load_any(path: Path, assumed: ModelConfig) -> tuple[DiT, dict[str, Any]]:
