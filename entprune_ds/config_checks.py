@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from entprune_ds.config_schema import Config
+from entprune_ds.config_schema import Config, ModelConfig, SampleConfig
 
 MAX_DEPTH = 4096
 SAMPLERS = {"sit": ("euler", "heun", "dopri5", "sde"), "dit": ("ddpm", "ddim")}
@@ -196,3 +196,9 @@ def _pruning_problems(config: Config) -> list[str]:
             message = f"`prune.explicit_order` must list at least {to_remove} different present blocks, "
             found.append(message + f"got {list(order)}.")
     return found
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """Impossible values of an architecture alone, e.g. one that was read from a file."""
+    sampler = SAMPLERS.get(model.process, ("euler",))[0]
+    return problems_of(Config(model=model, sample=SampleConfig(sampler=sampler)))

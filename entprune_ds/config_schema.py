@@ -43,7 +43,7 @@ class ModelConfig:
     learn_sigma: bool = False
     """Whether the head has a second half of output channels (official DiT and SiT checkpoints)."""
     norm_eps: float = 1e-6
-    """Epsilon of the layer norms: 1e-6 in the official DiT and SiT code, 1e-5 in models trained with diffusers."""
+    """Epsilon of the norm before the MLP: 1e-6 in the official code, 1e-5 in diffusers (both: 1e-6 in other norms)."""
     frequency_shift: float = 0.0
     """Timestep frequencies are 10000^(-i / (half - shift)): 0 in the official code, 1 in diffusers."""
     compile: bool = False
@@ -51,7 +51,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute the activations of every block in the backward pass: less memory, about a third more time."""
     weights: str = ""
-    """Folder written by `entprune-ds export` (or by a run) to start from; empty means random."""
+    """Weights to start from: an export folder, official .pt or safetensors file, or diffusers folder; empty: random."""
 
     @property
     def out_channels(self) -> int:

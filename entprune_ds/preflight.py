@@ -12,7 +12,7 @@ from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import batch_plan, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
-from entprune_ds.interop.safetensors import architecture_problems
+from entprune_ds.interop.weights import architecture_problems
 
 CHECKSUM_LIMIT = 2**30
 """Shards up to this many bytes are verified whole before the start; larger ones when first opened."""
