@@ -64,7 +64,10 @@ def problems_of(config: Config) -> list[str]:
             f"`model.kept_blocks` must be sorted block indices below `model.depth` ({model.depth}), got {list(kept)}.",
         )
 
-    positive("data", data, "num_readers", "shuffle_buffer", "shard_size", "latent_scale")
+    positive("data", data, "num_readers", "shuffle_buffer", "shard_size", "latent_scale", "prefetch")
+    for key in ("num_workers", "max_skipped"):
+        got = getattr(data, key)
+        require(got >= 0, f"`data.{key}` must be at least 0, got {got}.")
     positive("train", train, "num_steps", "global_batch_size", "micro_batch_size", "learning_rate", "checkpoint_every")
     positive("train", train, "keep_checkpoints", "validation_draws")
     require(train.validate_every >= 0, f"`train.validate_every` must be at least 0, got {train.validate_every}.")
