@@ -64,7 +64,10 @@ def problems_of(config: Config) -> list[str]:
             f"`model.kept_blocks` must be sorted block indices below `model.depth` ({model.depth}), got {list(kept)}.",
         )
 
-    positive("data", data, "num_readers", "shuffle_buffer", "shard_size", "latent_scale")
+    positive("data", data, "num_readers", "shuffle_buffer", "shard_size", "latent_scale", "prefetch")
+    for key in ("num_workers", "max_skipped"):
+        got = getattr(data, key)
+        require(got >= 0, f"`data.{key}` must be at least 0, got {got}.")
     found += image_problems(config)
     positive("train", train, "num_steps", "global_batch_size", "micro_batch_size", "learning_rate", "checkpoint_every")
     positive("train", train, "keep_checkpoints", "validation_draws")
@@ -111,8 +114,6 @@ def image_problems(config: Config) -> list[str]:
         got = getattr(data, key)
         if got is not None and got < 1:
             found.append(f"`data.{key}` must be above 0, got {got}.")
-    if data.num_workers < 0:
-        found.append(f"`data.num_workers` must be at least 0, got {data.num_workers}.")
     for key in ("val_fraction", "max_unreadable"):
         if not 0 <= getattr(data, key) < 1:
             found.append(f"`data.{key}` must lie in [0, 1), got {getattr(data, key)}.")

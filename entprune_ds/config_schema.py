@@ -77,13 +77,23 @@ class DiffusionConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     shards: str = ""
-    """Training shards: a folder written by `entprune-ds shards`, or a brace pattern of tar files."""
+    """Training shards: a folder written by `entprune-ds shards`, a brace pattern of tar files, or http(s) URLs of
+    either."""
     val_shards: str = ""
     """Validation shards, in the same forms; empty means SHARDS/../val where it exists."""
-    num_readers: int = 4
-    """Virtual readers that define the order of examples; the data-parallel size must divide it."""
+    num_readers: int = 64
+    """Virtual readers that define the order of examples; the data-parallel size must divide it, it must divide
+    train.global_batch_size, and there must be as many shards."""
     shuffle_buffer: int = 1024
-    """Examples that one reader shuffles together."""
+    """Examples that one reader shuffles together; a rank holds that many, as they are stored, for each reader of it."""
+    num_workers: int = 2
+    """Processes that read for each rank, at most one per reader of it; 0 reads in the training process. They do not
+    change the order. `shards` command: processes that read and crop images side by side; 0 works in this one."""
+    prefetch: int = 4
+    """Batches that the workers of a rank prepare ahead, in shared memory."""
+    max_skipped: int = 16
+    """Damaged examples that may be skipped in the run (each is counted once and reported); one more ends it. A missing
+    shard, or one whose size or checksum is wrong, is always an error."""
     flip: bool = False
     """Mirror each example with probability 1/2, anew in every epoch; for shards of pixels and of moments."""
     latent_scale: float = 0.18215
@@ -102,8 +112,6 @@ class DataConfig:
     """`shards` command: labels lie below it; null means as many classes as the source has."""
     val_fraction: float = 0.0
     """`shards` command: share of the images for OUT/val, drawn by run.seed; 0 for sources that have a folder val."""
-    num_workers: int = 0
-    """`shards` command: processes that read and crop images side by side; 0 works in this one."""
     max_unreadable: float = 0.01
     """`shards` command: largest share of the images that may be unreadable."""
     max_pixels: int = 100_000_000

@@ -20,8 +20,8 @@ CHECKSUM_LIMIT = 2**30
 FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample")
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
-    "data.source", "data.src", "data.image_size", "data.num_classes", "data.val_fraction", "data.num_workers",
-    "data.max_unreadable", "data.max_pixels", "data.encode_batch", "data.encode_dtype",
+    "data.source", "data.src", "data.image_size", "data.num_classes", "data.val_fraction", "data.max_unreadable",
+    "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch", "data.max_skipped",
     "model.weights",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws",
@@ -94,6 +94,9 @@ def _fit_problems(config: Config, index: Index, key: str) -> list[str]:
             f"`{key}`: {index.folder} has {index.num_classes} classes, but `model.num_classes` is {model.num_classes}."
         )
         found.append(message + " Raise it.")
+    if key == "data.shards" and config.data.flip and index.kind == "latents":
+        message = f"`data.flip` needs shards of pixels or moments, but {index.folder} holds latents. "
+        found.append(message + "Set it to false, or encode the images again as moments.")
     if key == "data.shards" and len(index.shards) < config.data.num_readers:
         message = f"`data.num_readers` ({config.data.num_readers}) is more than the {len(index.shards)} shards in "
         found.append(message + f"{index.folder}. Lower it, or write smaller shards with data.shard_size.")

@@ -24,7 +24,7 @@ from tests.ranks import ROOT
 from tests.test_image_sources import tar_of
 
 SIZE, COUNT = 8, 60
-SETTINGS = [f"data.image_size={SIZE}", "data.shard_size=7", "run.seed=3"]
+SETTINGS = [f"data.image_size={SIZE}", "data.shard_size=7", "run.seed=3", "data.num_workers=0"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
-    status = main([*words, *SETTINGS])
+    status = main([*SETTINGS, *words])
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 

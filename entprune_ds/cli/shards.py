@@ -40,7 +40,7 @@ settings:
   data.image_size=256           side of the stored squares
   data.shard_size=128           examples per tar; more and smaller tars mix better, at least
                                 data.num_readers of them; 1000-5000 for millions of images
-  data.num_workers=0            processes that work side by side: give the number of cores
+  data.num_workers=2            processes that work side by side: give the number of cores
   data.val_fraction=0           share of the images for DIR/val, where the source has no folder val
   data.num_classes=null         labels lie below it; null takes what the source has
   data.max_unreadable=0.01         largest share of the images that may be unreadable
@@ -102,6 +102,8 @@ def _problems(settings: config.Config) -> list[str]:
         found.append("`data.out` is missing: name the folder to write, e.g. out=data_digits.")
     if data.shard_size < 1:
         found.append(f"`data.shard_size` must be above 0, got {data.shard_size}.")
+    if data.num_workers < 0:
+        found.append(f"`data.num_workers` must be at least 0, got {data.num_workers}.")
     if data.source == "digits" and data.src:
         found.append(f"`data.source` is missing: say what {data.src} is, e.g. source=folder.")
     if data.source == "digits" and data.val_fraction:

@@ -53,10 +53,10 @@ class Part:
             ShardError: when a shard cannot be read or too much is damaged; the places are undefined then: seek.
         """
         for reader in self.readers.values():
-            reader.skipped = []
+            reader.damages = []
         for row, number in self.rows:
             reader = self.readers[number]
             key, array, label = reader.take()
             self.draw.into(latents[row], key, array, reader.epoch)
             labels[row] = label
-        return [damage for reader in self.readers.values() for damage in reader.skipped]
+        return [damage for reader in self.readers.values() for damage in reader.damages]

@@ -16,15 +16,16 @@ class Url:
     query: str = ""
 
     def __truediv__(self, name: str) -> Url:
-        return Url(f"{self.base}/{quote(name)}", self.query)
+        return Url(f"{self.base}/{quote(name)}", self.query)  # a `%` or `?` in a file name is a letter, too
 
     def __str__(self) -> str:
         return self.base  # messages and logs must not show a token
 
     @property
     def address(self) -> str:
-        """What is sent to the server."""
-        return f"{self.base}?{self.query}" if self.query else self.base
+        """What is sent to the server; blanks and other letters that a URL may not hold are quoted."""
+        base, query = (quote(part, safe="%:/?#[]@!$&'()*+,;=~") for part in (self.base, self.query))
+        return f"{base}?{query}" if query else base
 
     @property
     def name(self) -> str:

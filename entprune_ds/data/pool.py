@@ -108,7 +108,7 @@ class Pool:
     ):
         self.plan, self.rows, self.prefetch = plan, rows, prefetch
         self.shares = [list(readers[w::num_workers]) for w in range(num_workers)]
-        self.at: dict[int, Place] = dict.fromkeys(readers, (0, 0))
+        self.at: dict[int, Place] = dict.fromkeys(readers, Place())
         self.batches = 0
         self.ring: Ring | None = None
         self.workers: list[Worker] = []
@@ -126,7 +126,7 @@ class Pool:
         for worker in self.workers:
             worker.send(b"\n")
         self.batches += 1
-        self.at |= {int(r): (place[0], place[1]) for result in results for r, place in result["places"].items()}
+        self.at |= {int(r): Place(*place) for result in results for r, place in result["places"].items()}
         return [Damage(*damage) for result in results for damage in result["damages"]]
 
     def places(self) -> dict[int, Place]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from entprune_ds import rng
 from entprune_ds.data.index import Index, Shard, from_json, shard_problems, to_json
@@ -18,8 +18,15 @@ from entprune_ds.data.latents import REMEDY, Entry, ShardError, decode_example
 from entprune_ds.data.source import open_shard
 from entprune_ds.data.tar import read_samples
 
-Place = tuple[int, int]
-"""(epoch, positions of it that are used)."""
+
+class Place(NamedTuple):
+    """The state of a reader."""
+
+    epoch: int = 0
+    emitted: int = 0
+    """Positions of the epoch that are used."""
+    skipped: int = 0
+    """Damaged examples that were passed over, in all epochs."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,8 @@ class Reader:
 
     def __init__(self, plan: Plan, number: int, verified: set[str]):
         self.plan, self.number, self.verified = plan, number, verified
-        self.skipped: list[Damage] = []
-        """Damage met since the list was last emptied."""
+        self.damages: list[Damage] = []
+        """Met since the list was last emptied."""
         self.seek(0, 0)
 
     def epoch_shards(self, epoch: int) -> list[Shard]:
@@ -118,10 +125,10 @@ class Reader:
         order = rng.permutation(self.plan.seed, f"{self.plan.purpose}/shards", epoch, 0, len(shards))
         return [shards[i] for i in order[self.number :: self.plan.num_readers]]
 
-    def seek(self, epoch: int, emitted: int) -> None:
+    def seek(self, epoch: int, emitted: int, skipped: int = 0) -> None:
         """Go to the place after `emitted` positions of `epoch`; reads nothing yet."""
         self._enter(epoch)
-        self.emitted = emitted
+        self.emitted, self.skipped = emitted, skipped
         self.block: list[Entry | Damage | None] = []
         self.ahead: list[Entry | Damage] = []
         self.source: Iterator[Entry | Damage] | None = None
@@ -129,18 +136,19 @@ class Reader:
     @property
     def place(self) -> Place:
         """The place after what was taken last."""
-        return self.epoch, self.emitted
+        return Place(self.epoch, self.emitted, self.skipped)
 
     def take(self) -> Entry:
         """The next example; `epoch` is then its epoch.
 
         Raises:
-            ShardError: when the shards cannot be read, or more examples in a row are damaged than may be skipped.
+            ShardError: when the shards cannot be read, or more examples of one batch are damaged than may be skipped.
         """
         while isinstance(found := self._next(), Damage):
-            self.skipped.append(found)
-            if len(self.skipped) > self.plan.max_skipped:
-                raise too_many(found, len(self.skipped), self.plan.max_skipped)
+            self.skipped += 1
+            self.damages.append(found)
+            if len(self.damages) > self.plan.max_skipped:
+                raise too_many(found, len(self.damages), self.plan.max_skipped)
         return found
 
     def _enter(self, epoch: int) -> None:

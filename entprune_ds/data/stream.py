@@ -75,7 +75,7 @@ class Stream:
         self.source: Part | Pool = Part(plan, mine, rows)
         if num_workers:
             self.source = Pool(plan, mine, rows, min(num_workers, len(mine)), prefetch)
-        self.places: dict[int, Place] = dict.fromkeys(mine, (0, 0))
+        self.places: dict[int, Place] = dict.fromkeys(mine, Place())
         self.batches = 0
         self.skipped: set[tuple[str, int]] = set()
         """(shard, position) of the damaged examples that were passed over."""
@@ -84,6 +84,11 @@ class Stream:
     def readers(self) -> dict[int, Reader]:
         """This rank's readers; none when workers read."""
         return self.source.readers if isinstance(self.source, Part) else {}
+
+    @property
+    def num_skipped(self) -> int:
+        """How often this rank's readers have passed over a damaged example, in all epochs."""
+        return sum(place.skipped for place in self.places.values())
 
     def next_batch(self) -> Batch:
         """This rank's examples of the next global batch: latents (N,C,H,W) f32, labels (N,) i64.
@@ -118,7 +123,7 @@ class Stream:
 
     def state(self) -> dict[str, Any]:
         """The cursor of this rank's readers as plain JSON values; `merge_states` joins those of all ranks."""
-        readers = {str(r): {"epoch": epoch, "emitted": emitted} for r, (epoch, emitted) in self.places.items()}
+        readers = {str(r): place._asdict() for r, place in self.places.items()}
         skipped = [list(place) for place in sorted(self.skipped)]
         return {"readers": readers, "batches": self.batches, "skipped": skipped, "order": dict(self.order)}
 
@@ -136,8 +141,7 @@ class Stream:
         missing = [r for r in self.places if str(r) not in state["readers"]]
         if missing:
             raise ValueError(f"The saved place in the data lacks readers {missing}. Merge the states of all ranks.")
-        saved_places = {r: state["readers"][str(r)] for r in self.places}
-        self.places = {r: (place["epoch"], place["emitted"]) for r, place in saved_places.items()}
+        self.places = {r: Place(**state["readers"][str(r)]) for r in self.places}
         self.source.seek(self.places)
         self.batches = state["batches"]
         self.skipped = {(shard, position) for shard, position in state.get("skipped", [])}
