@@ -21,7 +21,8 @@ FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample")
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
     "data.source", "data.src", "data.image_size", "data.num_classes", "data.val_fraction", "data.max_unreadable",
-    "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch", "data.max_skipped",
+    "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch",
+    "data.max_skipped",
     "model.weights",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws",
