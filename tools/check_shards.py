@@ -1,8 +1,8 @@
 """Check folders of shards by reading everything: checksums, counts, shapes, labels; and show what is in them.
 
-    python tools/check_shards.py data/in256                                a folder of shards, or one that holds train/ and val/
-    python tools/check_shards.py data/in256_latents --sheet sheet.png --vae VAE       moments decoded by a VAE
-    python tools/check_shards.py data/in256/train data/birds --json                   one line for scripts
+    python tools/check_shards.py data/in256/train data/birds                 folders of shards, or of train/ and val/
+    python tools/check_shards.py data/in256_latents --sheet s.png --vae VAE  with a picture, moments decoded by a VAE
+    python tools/check_shards.py data/in256 --json                           one line for scripts
 
 The exit status is 1 when something is damaged or missing, and every problem is listed.
 """
@@ -45,37 +45,42 @@ class Found:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folders", nargs="+", help="folder with index.json, brace pattern of tars, or parent of train/ and val/"
-    )
+    parser.add_argument("folders", nargs="+", help="folder of shards, brace pattern of tars, or parent of train/, val/")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first folder to this PNG file")
     parser.add_argument("--examples", type=int, default=50, help="pictures on the sheet, as many of each class (50)")
     parser.add_argument("--vae", default="", help="folder or hub name of a diffusers AutoencoderKL, to decode moments")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     arguments = parser.parse_args(argv)
-    start, reports, problems, first = time.perf_counter(), [], [], None
-    for spec in (inner for spec in arguments.folders for inner in expand(spec)):
+    start = time.perf_counter()
+    founds, problems = check_all(arguments.folders, arguments.examples if arguments.sheet else 0)
+    if arguments.sheet and founds:
         try:
-            found = check(load_index(spec), arguments.examples if arguments.sheet else 0)
-        except (ShardError, OSError) as error:
-            problems.append(str(error))
-            continue
-        first = first or found
-        problems += found.problems
-        reports.append(report(found))
-        if not arguments.json:
-            print(describe(found))
-    if arguments.sheet and first is not None:
-        try:
-            write_sheet(first, arguments.sheet, arguments.examples, arguments.vae)
+            write_sheet(founds[0], arguments.sheet, arguments.examples, arguments.vae)
         except (ValueError, OSError) as error:
             problems.append(f"no contact sheet: {error}")
     seconds = round(time.perf_counter() - start, 3)
     if arguments.json:
+        reports = [report(found) for found in founds]
         print(json.dumps({"ok": not problems, "seconds": seconds, "folders": reports, "problems": problems}))
     else:
-        print("\n".join([f"damaged: {problem}" for problem in problems] or [f"no problems, {seconds:.1f} s"]))
+        text = [describe(found) for found in founds] + [f"damaged: {problem}" for problem in problems]
+        print("\n".join(text if problems else [*text, f"no problems, {seconds:.1f} s"]))
     return 1 if problems else 0
+
+
+def check_all(specs: list[str], pictures: int) -> tuple[list[Found], list[str]]:
+    """What the folders hold, and every problem."""
+    founds: list[Found] = []
+    problems: list[str] = []
+    for spec in (inner for outer in specs for inner in expand(outer)):
+        try:
+            found = check(load_index(spec), pictures)
+        except (ShardError, OSError) as error:
+            problems.append(str(error))
+        else:
+            founds.append(found)
+            problems += found.problems
+    return founds, problems
 
 
 def expand(spec: str) -> list[str]:
@@ -138,10 +143,8 @@ def describe(found: Found) -> str:
         f"  {values['num_classes']} classes, {int((labels == 0).sum())} of them empty; "
         f"{int(labels.min())} to {most} examples per class, median {np.median(labels):g}",
     ]
-    shown = np.argsort(-labels, kind="stable")[:20] if len(labels) > 20 else np.arange(len(labels))
-    lines += [
-        f"  {label:6d} {labels[label]:8d} {'#' * round(40 * labels[label] / max(most, 1))}" for label in sorted(shown)
-    ]
+    for label in sorted(np.argsort(-labels, kind="stable")[:20]):
+        lines.append(f"  {label:6d} {labels[label]:8d} {'#' * round(40 * labels[label] / max(most, 1))}")
     return "\n".join(lines + (["  (the 20 largest classes)"] if len(labels) > 20 else []))
 
 
@@ -186,16 +189,13 @@ def pictures(arrays: np.ndarray, kind: str, vae: str) -> tuple[np.ndarray, str]:
 
             decoder = load_vae(vae)
             decoded = decoder.decode(torch.from_numpy(arrays) * decoder.scaling_factor).numpy()
-            return as_rgb(
-                ((decoded.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-            ), f"means decoded by {decoder.name}"
+            pixels = ((decoded.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+            return as_rgb(pixels), f"means decoded by {decoder.name}"
     shown = arrays[:, :3] if arrays.shape[1] >= 3 else arrays[:, :1]
     low, high = shown.min(), shown.max()
     gray = ((shown - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
-    which = "means" if kind == "moments" else "latents"
-    return as_rgb(
-        gray
-    ), f"first {shown.shape[1]} channel(s) of the {which}, {low:.3g} black to {high:.3g} white, not decoded"
+    channels = f"first {shown.shape[1]} channel(s) of the {'means' if kind == 'moments' else 'latents'}"
+    return as_rgb(gray), f"{channels}, {low:.3g} dark to {high:.3g} bright, not decoded"
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
