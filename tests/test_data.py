@@ -456,7 +456,7 @@ def test_command_lists_all_problems_and_writes_nothing(tmp_path, capsys):
     assert "Did you mean `data.shard_size`" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert shards_command.main([f"out={tmp_path}/file"]) == 2
-    assert f"cannot write {tmp_path}/file" in capsys.readouterr().err
+    assert f"cannot read or write {tmp_path}/file" in capsys.readouterr().err
     assert shards_command.main([f"out={tmp_path}/new", "--dry-run"]) == 0 and not (tmp_path / "new").exists()
     assert shards_command.main(["--help"]) == 0 and "preset=digits out=data_digits" in capsys.readouterr().out
 

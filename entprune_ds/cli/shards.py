@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        message = f"cannot use {error.filename or 'the shards'}: {error.strerror or error}."
+        message = f"cannot read or write {error.filename or 'the shards'}: {error.strerror or error}."
         print(f"{message} Make room or check the path and the permissions, or choose another `out`.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

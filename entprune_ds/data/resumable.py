@@ -82,7 +82,10 @@ def start(out: Path, plan: Plan) -> None:
         ShardError: when the folder holds other shards.
     """
     path, text = out / PLAN, json.dumps(asdict(plan), indent=1) + "\n"
-    there = json.loads(path.read_text()) if path.is_file() else None
+    try:
+        there = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise ShardError(f"{path} is damaged ({error}). Delete the folder, and start again.") from error
     if there is None and out.is_dir() and (any(out.glob("shard-*.tar")) or (out / INDEX).exists()):
         raise ShardError(f"{out} already holds other shards, without {PLAN}. Choose another `out`, or delete it.")
     if there is not None and there != json.loads(text):
