@@ -31,7 +31,7 @@ setup(
     extras_require={
         "vae": ["diffusers>=0.30"],
         "demo": ["scikit-learn>=1.4"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "diffusers>=0.30"],
     },
     entry_points={"console_scripts": ["entprune-ds=entprune_ds.cli.main:main"]},
 )

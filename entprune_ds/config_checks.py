@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from entprune_ds.config_schema import Config
+from entprune_ds.config_schema import Config, ModelConfig, SampleConfig
 
 MAX_DEPTH = 4096
 SAMPLERS = {"sit": ("euler", "heun", "dopri5", "sde"), "dit": ("ddpm", "ddim")}
@@ -64,7 +64,11 @@ def problems_of(config: Config) -> list[str]:
             f"`model.kept_blocks` must be sorted block indices below `model.depth` ({model.depth}), got {list(kept)}.",
         )
 
-    positive("data", data, "num_readers", "shuffle_buffer", "shard_size")
+    positive("data", data, "num_readers", "shuffle_buffer", "shard_size", "latent_scale", "prefetch")
+    for key in ("num_workers", "max_skipped"):
+        got = getattr(data, key)
+        require(got >= 0, f"`data.{key}` must be at least 0, got {got}.")
+    found += image_problems(config)
     positive("train", train, "num_steps", "global_batch_size", "micro_batch_size", "learning_rate", "checkpoint_every")
     positive("train", train, "keep_checkpoints", "validation_draws")
     require(train.validate_every >= 0, f"`train.validate_every` must be at least 0, got {train.validate_every}.")
@@ -96,6 +100,23 @@ def problems_of(config: Config) -> list[str]:
         config.monitor.sample_every >= 0,
         f"`monitor.sample_every` must be at least 0, got {config.monitor.sample_every}.",
     )
+    return found
+
+
+def image_problems(config: Config) -> list[str]:
+    """What `shards` and `encode` do with images."""
+    data, found = config.data, []
+    choices = {"source": ("digits", "folder", "csv", "webdataset"), "encode_dtype": ("float32", "bfloat16")}
+    for key, known in choices.items():
+        if getattr(data, key) not in known:
+            found.append(f"`data.{key}` must be one of {', '.join(known)}, got {getattr(data, key)}.")
+    for key in ("image_size", "num_classes", "max_pixels", "encode_batch"):
+        got = getattr(data, key)
+        if got is not None and got < 1:
+            found.append(f"`data.{key}` must be above 0, got {got}.")
+    for key in ("val_fraction", "max_unreadable"):
+        if not 0 <= getattr(data, key) < 1:
+            found.append(f"`data.{key}` must lie in [0, 1), got {getattr(data, key)}.")
     return found
 
 
@@ -176,3 +197,9 @@ def _pruning_problems(config: Config) -> list[str]:
             message = f"`prune.explicit_order` must list at least {to_remove} different present blocks, "
             found.append(message + f"got {list(order)}.")
     return found
+
+
+def model_problems(model: ModelConfig) -> list[str]:
+    """Impossible values of an architecture alone, e.g. one that was read from a file."""
+    sampler = SAMPLERS.get(model.process, ("euler",))[0]
+    return problems_of(Config(model=model, sample=SampleConfig(sampler=sampler)))

@@ -8,11 +8,11 @@ from pathlib import Path
 import yaml
 
 from entprune_ds.config import Config, config_from_dict, problems_of, to_dict
-from entprune_ds.data.shards import Index, check_shards, load_index
+from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import batch_plan, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
-from entprune_ds.interop.safetensors import architecture_problems
+from entprune_ds.interop.weights import architecture_problems
 
 CHECKSUM_LIMIT = 2**30
 """Shards up to this many bytes are verified whole before the start; larger ones when first opened."""
@@ -20,6 +20,9 @@ CHECKSUM_LIMIT = 2**30
 FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample")
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
+    "data.source", "data.src", "data.image_size", "data.num_classes", "data.val_fraction", "data.max_unreadable",
+    "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch",
+    "data.max_skipped",
     "model.weights", "model.compile", "model.activation_checkpointing",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws",
@@ -84,16 +87,17 @@ def _data_problems(config: Config) -> list[str]:
 def _fit_problems(config: Config, index: Index, key: str) -> list[str]:
     model, found = config.model, []
     wanted = (model.in_channels, model.input_size, model.input_size)
-    if tuple(index.shape) != wanted:
-        message = (
-            f"`{key}`: {index.folder} holds examples of shape {list(index.shape)}, but the model takes {list(wanted)}. "
-        )
-        found.append(message + "Set model.in_channels and model.input_size, or choose other shards.")
+    if index.latent_shape != wanted:
+        message = f"`{key}`: {index.folder} holds examples of shape {list(index.latent_shape)}, but the model takes "
+        found.append(f"{message}{list(wanted)}. Set model.in_channels and model.input_size, or choose other shards.")
     if index.num_classes > model.num_classes:
         message = (
             f"`{key}`: {index.folder} has {index.num_classes} classes, but `model.num_classes` is {model.num_classes}."
         )
         found.append(message + " Raise it.")
+    if key == "data.shards" and config.data.flip and index.kind == "latents":
+        message = f"`data.flip` needs shards of pixels or moments, but {index.folder} holds latents. "
+        found.append(message + "Set it to false, or encode the images again as moments.")
     if key == "data.shards" and len(index.shards) < config.data.num_readers:
         message = f"`data.num_readers` ({config.data.num_readers}) is more than the {len(index.shards)} shards in "
         found.append(message + f"{index.folder}. Lower it, or write smaller shards with data.shard_size.")

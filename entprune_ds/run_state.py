@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from entprune_ds import comm
-from entprune_ds.config import Config, to_dict, to_yaml
+from entprune_ds.config import Config, ModelConfig, to_dict, to_yaml
 from entprune_ds.data.stream import Stream, merge_states
 from entprune_ds.diffusion.objective import Draws, make_draws
 from entprune_ds.engine.build import Engine, build_engine, fresh_state, initialize_fresh
@@ -24,7 +24,7 @@ from entprune_ds.engine.checkpoint import (
 from entprune_ds.engine.state import Piece, write_state
 from entprune_ds.environment import environment, launch_command
 from entprune_ds.faults import check_space
-from entprune_ds.interop.safetensors import tensor_reader
+from entprune_ds.interop.weights import read_any
 from entprune_ds.logs import get_logger
 from entprune_ds.models.registry import count_parameters
 from entprune_ds.monitor.interface import Monitor
@@ -73,7 +73,9 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     stream = Stream(
         config.data.shards, seed=config.run.seed, num_readers=config.data.num_readers,
         shuffle_buffer=config.data.shuffle_buffer, global_batch_size=config.train.global_batch_size,
-        dp_rank=comm.rank(), dp_size=comm.world_size(), verify=True,
+        dp_rank=comm.rank(), dp_size=comm.world_size(), verify=True, flip=config.data.flip,
+        latent_scale=config.data.latent_scale, num_workers=config.data.num_workers, prefetch=config.data.prefetch,
+        max_skipped=config.data.max_skipped,
     )  # fmt: skip
     step, decisions, metrics_bytes = 0, [], 0  # a run from the start keeps no earlier line
     if found is not None:
@@ -87,7 +89,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
         metrics_bytes = record.get("metrics_bytes")
         log.info("resumed from %s: step %d, depth %d", found.folder, step, engine.depth)
     elif config.model.weights:
-        load_weights(engine, Path(config.model.weights))
+        load_weights(engine, Path(config.model.weights), config.model)
         log.info("started from %s at depth %d", config.model.weights, engine.depth)
     else:
         initialize_fresh(engine, config.run.seed)
@@ -120,9 +122,9 @@ def open_folder(
     return monitor
 
 
-def load_weights(engine: Engine, folder: Path) -> None:
-    """Fill a new engine from an exported model: zero moments, EMA equal to the weights. Collective."""
-    tensor = tensor_reader(folder)
+def load_weights(engine: Engine, path: Path, model: ModelConfig) -> None:
+    """Fill a new engine from a model of any known format: zero moments, EMA equal to the weights. Collective."""
+    tensor = read_any(path, model)
 
     def read(piece: Piece) -> dict[str, Tensor]:
         return fresh_state(tensor(piece.name).reshape(-1)[piece.start : piece.stop].clone())
@@ -146,7 +148,8 @@ def validation_draws(config: Config) -> Draws | None:
     count = config.train.validation_draws
     stream = Stream(
         spec, seed=config.run.seed, num_readers=1, shuffle_buffer=config.data.shuffle_buffer,
-        global_batch_size=count, purpose="validation",
+        global_batch_size=count, purpose="validation", latent_scale=config.data.latent_scale,
+        max_skipped=config.data.max_skipped,
     )  # fmt: skip
     batch = stream.next_batch()
     return make_draws(batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="validation", step=0)

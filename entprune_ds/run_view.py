@@ -24,14 +24,15 @@ log = get_logger()
 def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
     """Log the loss of this step over all ranks, and the throughput since the last log."""
     config, engine = run.config, run.engine
-    mean = (comm.all_reduce_sum(loss.clone()) / comm.world_size()).item()
+    sums = comm.all_reduce_sum(torch.stack([loss, loss.new_tensor(run.stream.num_skipped)]))
+    mean, skipped = (sums[0] / comm.world_size()).item(), int(sums[1].item())
     now = time.monotonic()
     seconds, run.started = (now - run.started) / config.monitor.log_every, now
     rate = config.train.global_batch_size / seconds
     norm = engine.ds.get_global_grad_norm()
     values = {
         "train/loss": mean, "train/lr": learning_rate(config.train, run.step - 1), "train/depth": engine.depth,
-        "train/examples_per_second": rate, "train/step_seconds": seconds,
+        "train/examples_per_second": rate, "train/step_seconds": seconds, "data/skipped": skipped,
     }  # fmt: skip
     if norm is not None:
         values["train/grad_norm"] = float(norm)

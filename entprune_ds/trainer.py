@@ -130,7 +130,8 @@ def examples_of(config: Config, check: int) -> Examples:
         if purpose not in streams:
             streams[purpose] = Stream(
                 config.data.shards, seed=config.run.seed, num_readers=1, shuffle_buffer=config.data.shuffle_buffer,
-                global_batch_size=count, purpose=f"{purpose}/{check}",
+                global_batch_size=count, purpose=f"{purpose}/{check}", flip=config.data.flip,
+                latent_scale=config.data.latent_scale, max_skipped=config.data.max_skipped,
             )  # fmt: skip
         try:
             batch = streams[purpose].next_batch()
@@ -143,6 +144,7 @@ def examples_of(config: Config, check: int) -> Examples:
 
 def conclude(run: Run) -> None:
     """Last validation, samples and checkpoint. Collective."""
+    run.stream.close()
     validate(run)
     sample_grid(run, "final")
     checkpoint(run)

@@ -17,8 +17,9 @@ import webdataset
 
 from entprune_ds.cli import shards as shards_command
 from entprune_ds.data import builtin
-from entprune_ds.data.latents import decode_label, decode_latents, decode_meta, encode_example, encode_latents
-from entprune_ds.data.shards import ShardError, check_shards, load_index, resolve, write_shards
+from entprune_ds.data.index import check_shards, load_index, resolve
+from entprune_ds.data.latents import ShardError, decode_array, decode_label, decode_meta, encode_array, encode_example
+from entprune_ds.data.shards import write_shards
 from entprune_ds.data.stream import Stream, first_examples, merge_states, read_all, read_shard
 
 COUNT, SHARD_SIZE, READERS, BUFFER, BATCH = 250, 15, 4, 20, 8  # 17 shards, the last one of 10 examples
@@ -183,7 +184,7 @@ def test_shards_have_the_same_bytes_every_time_and_webdataset_reads_them(index, 
         assert (index.folder / name).read_bytes() == (again.folder / name).read_bytes()
     assert sorted(p.name for p in again.folder.iterdir()) == ["index.json"] + [f"shard-{i:06d}.tar" for i in range(17)]
     samples = list(webdataset.WebDataset(str(again.folder / "shard-000003.tar"), shardshuffle=False))
-    assert decode_latents(samples[5]["npy"], (2, 4, 4))[0, 0, 0] == 50
+    assert decode_array(samples[5]["npy"], (2, 4, 4))[0, 0, 0] == 50
     assert decode_label(samples[5]["cls"], COUNT) == 50 and decode_meta(samples[5]["json"]) == {"number": 50}
 
 
@@ -307,11 +308,11 @@ def test_reading_names_the_shard_and_the_member_that_is_wrong(tmp_path):
         assert str(path) in str(caught.value) and "repeat the `entprune-ds shards`" in str(caught.value)
         return str(caught.value)
 
-    replace_member(path, "n00020.npy", encode_latents(np.zeros((2, 2, 8), np.float32)))
+    replace_member(path, "n00020.npy", encode_array(np.zeros((2, 2, 8), np.float32)))
     assert "member n00020.npy holds float32 (2, 2, 8), the index says float32 (2, 4, 4)" in error()
-    replace_member(path, "n00021.npy", encode_latents(np.full((2, 4, 4), np.inf, np.float32)))
+    replace_member(path, "n00021.npy", encode_array(np.full((2, 4, 4), np.inf, np.float32)))
     assert "member n00021.npy holds nan or inf" in error()
-    replace_member(path, "n00021.npy", encode_latents(np.zeros((2, 4, 4), np.float32))[:-4])
+    replace_member(path, "n00021.npy", encode_array(np.zeros((2, 4, 4), np.float32))[:-4])
     assert "member n00021.npy has 252 bytes, needs 256" in error()
     replace_member(path, "n00022.npy", b"\x80\x04cos\nsystem\n" + b" " * 200)
     assert "member n00022.npy" in error()
@@ -377,10 +378,8 @@ def test_a_folder_or_a_brace_pattern_names_shards(index):
         load_index(f"{folder}/shard-{{000000..000018}}.tar")
 
 
-@pytest.mark.parametrize(
-    "spec", ["pipe:cat x.tar", "http://host/in-{00..10}.tar", "s3://bucket/x.tar", "a.tar::b.tar", ""]
-)
-def test_only_local_files_are_read(spec):
+@pytest.mark.parametrize("spec", ["pipe:cat x.tar", "file:///in-{00..10}.tar", "s3://bucket/x.tar", "a.tar::b.tar", ""])
+def test_only_local_files_and_web_addresses_are_read(spec):
     with pytest.raises(ShardError, match=r"must be a local folder or tar pattern.*Copy them"):
         load_index(spec)
 
@@ -425,10 +424,10 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch):
 def test_encoding_survives_a_round_trip():
     latents = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     parts = encode_example("k", latents.transpose(2, 0, 1), 7, {"a": [1]})
-    assert np.array_equal(decode_latents(parts["npy"], (4, 2, 3)), latents.transpose(2, 0, 1))
+    assert np.array_equal(decode_array(parts["npy"], (4, 2, 3)), latents.transpose(2, 0, 1))
     stream = io.BytesIO()
     np.save(stream, np.asfortranarray(latents))
-    assert np.array_equal(decode_latents(stream.getvalue(), (2, 3, 4)), latents)
+    assert np.array_equal(decode_array(stream.getvalue(), (2, 3, 4)), latents)
     assert decode_label(parts["cls"], 8) == 7 and decode_meta(parts["json"]) == {"a": [1]}
 
 
@@ -451,13 +450,13 @@ def test_command_writes_says_so_and_repeats_without_change(tmp_path, capsys):
 def test_command_lists_all_problems_and_writes_nothing(tmp_path, capsys):
     assert shards_command.main(["data.shard_size=0", "source=cats"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and "`source` must be one of digits, got cats" in lines[0]
+    assert len(lines) == 3 and "`data.source` must be one of digits, folder, csv, webdataset, got cats" in lines[0]
     assert "`data.out` is missing" in lines[1] and "`data.shard_size` must be above 0" in lines[2]
     assert shards_command.main(["out=x", "data.shardsize=4", "oops"]) == 2
     assert "Did you mean `data.shard_size`" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert shards_command.main([f"out={tmp_path}/file"]) == 2
-    assert f"cannot write {tmp_path}/file" in capsys.readouterr().err
+    assert f"cannot read or write {tmp_path}/file" in capsys.readouterr().err
     assert shards_command.main([f"out={tmp_path}/new", "--dry-run"]) == 0 and not (tmp_path / "new").exists()
     assert shards_command.main(["--help"]) == 0 and "preset=digits out=data_digits" in capsys.readouterr().out
 

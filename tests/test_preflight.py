@@ -36,7 +36,7 @@ def shards(digits, tmp_path) -> Path:
 SETTINGS = """
     model.depth=8 model.hidden_size=32 model.num_heads=4 model.input_size=8 model.in_channels=1 model.num_classes=10
     train.num_steps=1200 train.global_batch_size=128 train.learning_rate=0.001 train.lr_schedule=cosine
-    parallel.ds_config=zero1_fp32 prune.criterion=loss
+    parallel.ds_config=zero1_fp32 prune.criterion=loss data.num_readers=4
 """
 
 

@@ -7,9 +7,10 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from entprune_ds import config_schema
-from entprune_ds.config import PRESETS, Config, ConfigError
+from entprune_ds.config import PRESETS, Config, ConfigError, load_config
 
 GRAMMAR = """\
 Settings are `key=value` words, after an optional `preset=NAME` (or preset=FILE.yaml). Later words win.
@@ -67,6 +68,17 @@ def split_shortcuts(words: list[str], shortcuts: dict[str, str]) -> list[str]:
         key, equals, value = word.partition("=")
         full.append(f"{shortcuts[key]}={value}" if equals and key in shortcuts else word)
     return full
+
+
+def model_settings(words: list[str]) -> dict[str, Any]:
+    """The stated `model.*` settings, converted to their types; their combination is not checked.
+
+    Raises:
+        ConfigError: listing unknown settings and values of another type.
+    """
+    model = load_config(words, check=lambda config: []).model
+    names = {word.partition("=")[0].removeprefix("model.") for word in words}
+    return {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name in names}
 
 
 def with_run(words: list[str], command: str) -> tuple[list[str], Path | None]:

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _problems(config: Config) -> list[str]:
-    from entprune_ds.interop.safetensors import read_export
+    from entprune_ds.interop.weights import describe_any
     from entprune_ds.preflight import validation_spec
 
     found, evaluate = problems_of(config), config.evaluate
@@ -65,7 +65,7 @@ def _problems(config: Config) -> list[str]:
     for key, folder in (("model.weights", config.model.weights), ("evaluate.baseline", evaluate.baseline)):
         if folder:
             try:
-                read_export(Path(folder))
+                describe_any(Path(folder), config.model)
             except ValueError as error:
                 found.append(f"`{key}`: {error}")
     for key in ("samples", "baseline_samples"):
@@ -83,7 +83,7 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any]:
     Raises:
         ValueError: when the data is not digits, or samples and data do not fit.
     """
-    from entprune_ds.data.shards import load_index
+    from entprune_ds.data.index import load_index
     from entprune_ds.data.stream import read_all
     from entprune_ds.evaluation.features import load_or_train
     from entprune_ds.evaluation.images import to_uint8
@@ -123,14 +123,14 @@ def figures(config: Config, weights: Path, samples: str, references: dict, extra
     """Sample figures of one model, and the protocol of its samples."""
     from entprune_ds.evaluation.fid import evaluate_samples
     from entprune_ds.evaluation.images import load_npz
-    from entprune_ds.interop.safetensors import read_export
+    from entprune_ds.interop.weights import describe_any
     from entprune_ds.models.registry import count_parameters
 
     if samples:
         (images, labels), protocol = load_npz(samples), json.loads(protocol_path(Path(samples)).read_text())
     else:
         images, labels, protocol = draw(config, weights)
-    model, facts = read_export(weights)
+    model, facts = describe_any(weights, config.model)
     if (protocol["step"], protocol["kept_blocks"]) != (facts["step"], facts["kept_blocks"]):
         drawn = f"{samples} was drawn from blocks {protocol['kept_blocks']} at step {protocol['step']}"
         held = f"{weights} holds {facts['kept_blocks']} at step {facts['step']}"
@@ -144,9 +144,11 @@ def latency(config: Config, weights: dict[str, Path], result: dict[str, Any]) ->
     """Median latency per model (put into `result`), and the speed-up as the median of paired ratios."""
     from entprune_ds import comm
     from entprune_ds.evaluation.latency import measure_latency, speedup
-    from entprune_ds.interop.safetensors import load_model
+    from entprune_ds.interop.weights import load_any
 
-    models: dict[str, Any] = {name: load_model(folder)[0].to(comm.device()) for name, folder in weights.items()}
+    models: dict[str, Any] = {
+        name: load_any(folder, config.model)[0].to(comm.device()) for name, folder in weights.items()
+    }
     m = config.model
     measured = measure_latency(
         models, batch_sizes=config.evaluate.latency_batches, shape=(m.in_channels, m.input_size, m.input_size),

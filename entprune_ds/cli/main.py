@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 
 COMMANDS = {
     "shards": "write a data set as WebDataset shards",
+    "encode": "turn shards of pixels into latents of a VAE (one process; use the deepspeed launcher for several)",
     "train": "train and prune (one process; use the deepspeed launcher for several)",
-    "export": "write the newest checkpoint of a run as an ordinary model",
+    "import": "official DiT and SiT weights, or a diffusers folder, to a model folder",
+    "export": "write a run or a model as ordinary weights: ours, official .pt, diffusers",
     "sample": "draw samples of an exported model: PNG folder or npz, and a grid",
     "evaluate": "FID, KID, class accuracy and latency, against a baseline",
     "report": "build the self-contained report.html of a run",
@@ -28,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"error: `{words[0]}` is not a command. Choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    return importlib.import_module(f"entprune_ds.cli.{words[0]}").main(words[1:])
+    module = f"{words[0]}_" if keyword.iskeyword(words[0]) else words[0]
+    return importlib.import_module(f"entprune_ds.cli.{module}").main(words[1:])
 
 
 if __name__ == "__main__":

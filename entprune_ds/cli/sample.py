@@ -64,27 +64,35 @@ def draw(config: Config, weights: Path) -> tuple[np.ndarray, np.ndarray, dict[st
     from entprune_ds.diffusion.guidance import with_guidance
     from entprune_ds.diffusion.samplers import SAMPLERS
     from entprune_ds.evaluation.generate import generate, make_labels
-    from entprune_ds.interop.safetensors import load_model
+    from entprune_ds.interop.vae import load_vae
+    from entprune_ds.interop.weights import load_any
     from entprune_ds.logs import progress
 
     sample = config.sample
-    model, facts = load_model(weights)
+    model, facts = load_any(weights, config.model)
+    vae = load_vae(sample.vae, sample.vae_revision, comm.device()) if sample.vae else None
     architecture = facts["model"]
     model.to(comm.device())
     velocity = with_guidance(model, sample.cfg_scale, architecture["num_classes"])
     labels = make_labels(sample.labels, sample.num_samples, architecture["num_classes"], sample.seed)
     side = architecture["input_size"]
+
+    def sample_fn(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        drawn = SAMPLERS[sample.sampler](velocity, noise, y, sample.num_steps)
+        return vae.decode(drawn) if vae else drawn  # latents (N,C,h,w) -> pixels (N,3,H,W)
+
     with progress("sample", total=sample.num_samples) as line:
         images = generate(
-            lambda noise, y: SAMPLERS[sample.sampler](velocity, noise, y, sample.num_steps), labels.to(comm.device()),
+            sample_fn, labels.to(comm.device()),
             shape=(architecture["in_channels"], side, side), seed=sample.seed, batch_size=sample.batch_size,
             on_batch=line.update,
         )  # fmt: skip
     protocol = {
         "num_samples": sample.num_samples, "sampler": sample.sampler, "num_steps": sample.num_steps,
         "cfg_scale": sample.cfg_scale, "labels": sample.labels, "seed": sample.seed, "weights": facts["weights"],
-        "vae": "none (pixels)", "tf32": bool(torch.backends.cuda.matmul.allow_tf32), "depth": len(facts["kept_blocks"]),
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32), "depth": len(facts["kept_blocks"]),
         "kept_blocks": facts["kept_blocks"], "step": facts["step"], "model": str(weights),
+        **(vae.protocol if vae else {"vae": "none (pixels)"}),
     }  # fmt: skip
     return images, labels.numpy(), protocol
 

@@ -1,7 +1,8 @@
-"""The sample format: one example is KEY.npy (latents, f32), KEY.cls (label) and KEY.json (its origin) in a tar.
+"""The sample format: one example is KEY.npy (its numbers), KEY.cls (label) and KEY.json (its origin) in a tar.
 
+What the numbers are is the `kind` of the folder: latents, pixels or moments (see Kind and KINDS).
 These are the usual WebDataset suffixes, so other tools can read the tars. Nothing here can unpickle.
-WebDataset writes the tars, and its tar iterator and key grouping read them; its decoders would halve the speed.
+WebDataset writes the tars; tar.py reads them, several times faster than WebDataset's iterators.
 """
 
 from __future__ import annotations
@@ -19,17 +20,33 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from webdataset import TarWriter
-from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-DTYPE = np.dtype("<f4")
-"""Latents are little-endian float32 on disk."""
+
+@dataclass(frozen=True)
+class Kind:
+    """How the .npy members of one kind of example look."""
+
+    dtype: np.dtype
+    """On disk, little-endian."""
+    ndim: int
+    form: str
+    """dtype and shape in words."""
+
+
+KINDS = {
+    "latents": Kind(np.dtype("<f4"), 3, "float32 (C,H,W)"),
+    "pixels": Kind(np.dtype("u1"), 3, "uint8 (C,H,W)"),
+    "moments": Kind(np.dtype("<f4"), 4, "float32 (2,2C,H,W)"),
+}
+"""latents: used as they are. pixels: x / 127.5 - 1. moments: mean and log-variance of a VAE, one after the other along
+the channels, of the image [0] and of its mirror image [1]; draw.py makes latents of them."""
 
 REMEDY = "Copy it again from its source, or repeat the `entprune-ds shards` command that wrote it: it repairs."
 
 Example = tuple[str, np.ndarray, int, dict[str, Any]]
-"""An example to write: (key, latents (C,H,W) f32, label, meta)."""
+"""An example to write: (key, array of the folder's kind, label, meta)."""
 Entry = tuple[str, np.ndarray, int]
-"""An example as training reads it: (key, latents (C,H,W) f32, label)."""
+"""An example as it is stored: (key, array of the folder's kind, label)."""
 
 _KEY = re.compile(r"(?!__)[A-Za-z0-9_-]{1,90}")
 
@@ -50,6 +67,19 @@ class Batch:
     """Positions of the examples in the global batch, ascending."""
 
 
+def latent_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(C,H,W) that the model sees, from the shape on disk."""
+    return (shape[1] // 2, *shape[2:]) if kind == "moments" else shape
+
+
+def shape_problem(kind: str, shape: tuple[int, ...]) -> str:
+    """What is wrong with a shape on disk; empty when it fits the kind."""
+    fits = len(shape) == KINDS[kind].ndim and min(shape) > 0
+    if kind == "moments":
+        fits = fits and shape[0] == 2 and shape[1] % 2 == 0
+    return "" if fits else f"{kind} must be {KINDS[kind].form}, got the shape {shape}"
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -61,20 +91,20 @@ def checked_examples(examples: Iterable[Example], histogram: list[int]) -> Itera
     """
     keys: set[str] = set()
     first: tuple[int, ...] | None = None
-    for key, latents, label, meta in examples:
-        first = latents.shape if first is None else first
+    for key, array, label, meta in examples:
+        first = array.shape if first is None else first
         if key in keys:
             raise ValueError(f"example key {key} comes twice. Give every example a name of its own.")
-        if latents.shape != first:
-            raise ValueError(f"example {key}: shape {latents.shape} differs from the first, {first}. Make them equal.")
+        if array.shape != first:
+            raise ValueError(f"example {key}: shape {array.shape} differs from the first, {first}. Make them equal.")
         if not 0 <= label < len(histogram):
             raise ValueError(f"example {key}: the label must lie in [0, {len(histogram)}), got {label}.")
         keys.add(key)
         histogram[label] += 1
-        yield key, latents, label, meta
+        yield key, array, label, meta
 
 
-def write_tar(path: Path, examples: Iterable[Example]) -> None:
+def write_tar(path: Path, examples: Iterable[Example], kind: str = "latents") -> None:
     """Write one tar; its bytes depend on the examples only (fixed time and owner).
 
     Raises:
@@ -82,95 +112,84 @@ def write_tar(path: Path, examples: Iterable[Example]) -> None:
     """
     with path.open("wb") as file, TarWriter(file, mtime=0, compress=False, encoder=False) as tar:
         for example in examples:
-            tar.write(encode_example(*example))
+            tar.write(encode_example(*example, kind=kind))
 
 
-def encode_example(key: str, latents: np.ndarray, label: int, meta: dict[str, Any]) -> dict[str, Any]:
+def encode_example(
+    key: str, array: np.ndarray, label: int, meta: dict[str, Any], kind: str = "latents"
+) -> dict[str, Any]:
     """One example as the bytes that `webdataset.TarWriter` writes.
 
     Args:
         key: name of the example: letters, digits, `-` and `_`, at most 90 (webdataset cuts names at the first dot).
-        latents: (C,H,W) f32, finite.
+        array: as KINDS says for `kind`, finite.
         label: class index.
         meta: plain JSON values.
+        kind: latents, pixels or moments.
 
     Raises:
         ValueError: when a value cannot be stored.
     """
     if not _KEY.fullmatch(key):
         raise ValueError(f"example key {key!r} must be 1 to 90 letters, digits, `-` or `_`, not `__` first. Rename it.")
-    if latents.dtype != DTYPE or latents.ndim != 3:
-        raise ValueError(f"example {key}: latents must be float32 (C,H,W), got {latents.dtype} {latents.shape}.")
-    if not np.isfinite(latents).all():
-        raise ValueError(f"example {key}: latents hold nan or inf. Repair or leave out the example.")
+    if array.dtype != KINDS[kind].dtype or shape_problem(kind, array.shape):
+        raise ValueError(f"example {key}: {kind} must be {KINDS[kind].form}, got {array.dtype} {array.shape}.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"example {key}: {kind} hold nan or inf. Repair or leave out the example.")
     text = json.dumps(meta, sort_keys=True, allow_nan=False)
-    return {"__key__": key, "npy": encode_latents(latents), "cls": b"%d" % label, "json": text.encode()}
+    return {"__key__": key, "npy": encode_array(array, kind), "cls": b"%d" % label, "json": text.encode()}
 
 
-def encode_latents(latents: np.ndarray) -> bytes:
-    """An f32 array of any shape in the .npy format, version 1.0."""
+def encode_array(array: np.ndarray, kind: str = "latents") -> bytes:
+    """An array of any shape, of the dtype of `kind`, in the .npy format, version 1.0."""
     stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(latents, DTYPE), version=(1, 0), allow_pickle=False)
+    plain = np.ascontiguousarray(array, KINDS[kind].dtype)
+    np.lib.format.write_array(stream, plain, version=(1, 0), allow_pickle=False)
     return stream.getvalue()
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read_tar(path: Path) -> Iterator[dict[str, Any]]:
-    """The examples of a tar in file order, undecoded: {"__key__": str, "npy": bytes, "cls": bytes}.
-
-    Raises:
-        ShardError: naming the file and the member, when the tar is damaged.
-    """
-    member = "its first member"
-
-    def select(name: str) -> bool:  # called with every member just before it is read; training skips the .json ones
-        nonlocal member
-        member = name
-        return name.endswith((".npy", ".cls"))
-
-    try:
-        with path.open("rb") as file:
-            members = ({**found, "__url__": path.name} for found in tar_file_iterator(file, select_files=select))
-            yield from group_by_keys(members)
-    except Exception as error:  # tarfile, zlib and webdataset raise a dozen types for damaged bytes
-        raise ShardError(f"{path}: cannot read {member} ({type(error).__name__}: {error}). {REMEDY}") from error
-
-
-def decode_example(path: Path, sample: dict[str, Any], shape: tuple[int, ...], num_classes: int) -> Entry:
-    """Key, latents and label of an example of the tar `path`.
+def decode_example(
+    path: object, sample: dict[str, Any], shape: tuple[int, ...], num_classes: int, kind: str = "latents"
+) -> Entry:
+    """Key, array and label of an example of the tar `path` (a Path, or what else names it).
 
     Raises:
         ShardError: naming the file and the member, when a part is missing or not what the index says.
     """
+    if "__damage__" in sample:
+        raise ShardError(f"{path}: {sample['__damage__']}. {REMEDY}")
     member = f"{sample['__key__']}.npy"
     try:
-        latents = decode_latents(sample["npy"], shape)
+        array = decode_array(sample["npy"], shape, kind)
         member = f"{sample['__key__']}.cls"
-        return sample["__key__"], latents, decode_label(sample["cls"], num_classes)
+        return sample["__key__"], array, decode_label(sample["cls"], num_classes)
     except KeyError as error:
         raise ShardError(f"{path}: member {member} is missing. {REMEDY}") from error
     except (ValueError, TypeError) as error:  # a garbled .npy header can be either
         raise ShardError(f"{path}: member {member} {error}. {REMEDY}") from error
 
 
-def decode_latents(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """Read-only f32 array of `shape` from .npy bytes; a view of `data` (5 us for 64 numbers, 10 us for 4096).
+def decode_array(data: bytes, shape: tuple[int, ...], kind: str = "latents") -> np.ndarray:
+    """Read-only array of `shape` from .npy bytes; a view of `data` (5 us for 64 numbers, 10 us for 4096).
 
     Raises:
-        ValueError: when the bytes are not a finite float32 array of that shape.
+        ValueError: when the bytes are not a finite array of that shape and of the dtype of `kind`.
     """
+    dtype = KINDS[kind].dtype
     start = 10 + int.from_bytes(data[8:10], "little")  # magic, version, then the length of the header (.npy 1.0)
-    found_shape, fortran_order, dtype = _parse_header(data[:start])
-    if found_shape != shape or dtype != DTYPE:
-        raise ValueError(f"holds {dtype} {found_shape}, the index says float32 {shape}")
-    if len(data) != start + DTYPE.itemsize * math.prod(shape):
-        raise ValueError(f"has {len(data)} bytes, needs {start + DTYPE.itemsize * math.prod(shape)}")
-    latents = np.frombuffer(data, DTYPE, offset=start).reshape(shape, order="F" if fortran_order else "C")
-    if not np.isfinite(latents).all():
+    found_shape, fortran_order, found = _parse_header(data[:start])
+    if found_shape != shape or found != dtype:
+        raise ValueError(f"holds {found} {found_shape}, the index says {dtype} {shape}")
+    size = start + dtype.itemsize * math.prod(shape)
+    if len(data) != size:
+        raise ValueError(f"has {len(data)} bytes, needs {size}")
+    array = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran_order else "C")
+    if dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError("holds nan or inf")
-    return latents
+    return array
 
 
 @lru_cache(maxsize=64)  # parsing costs 20 times the rest, and all examples of a data set have the same header

@@ -1,94 +1,31 @@
 """The training stream: an endless, reproducible order of examples that does not depend on the number of ranks.
 
-R virtual readers define the order. In epoch e all shards are permuted with (seed, e), and reader r reads every R-th of
-them, r, r + R, ...; it shuffles its examples block by block and goes on with its next epoch when they are used up: no
-example is dropped or repeated within an epoch. Position s of a global batch comes from reader s mod R, and rank p of P
-runs the readers r with r mod P = p. So the whole state of a reader is (epoch, examples emitted in it), and any P that
-divides R gives the same global batches.
-
-WebDataset reads the tars one by one; its shuffles and splitters are not used: they ignore seeds and cannot resume.
+R virtual readers define the order (reader.py). Position s of a global batch comes from reader s mod R, and rank p of P
+runs the readers r with r mod P = p, itself or in worker processes. No example is dropped or repeated within an epoch
+of a reader, the next epoch follows without a gap, and all ranks get equal batches for ever. So the whole state is one
+place per reader, that of the batches handed out, and any P that divides R gives the same global batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from entprune_ds import rng
-from entprune_ds.data.latents import REMEDY, Batch, Entry, ShardError, decode_example, read_tar
-from entprune_ds.data.shards import Index, Shard, check_shards, load_index, shard_problems
+from entprune_ds.data.draw import Draw
+from entprune_ds.data.index import Index, check_shards, load_index
+from entprune_ds.data.latents import Batch, ShardError
+from entprune_ds.data.part import Part, slots_of
+from entprune_ds.data.pool import Pool
+from entprune_ds.data.reader import Damage, Place, Plan, Reader, read_shard, too_many
+from entprune_ds.logs import get_logger
 
+__all__ = ["Stream", "first_examples", "merge_states", "read_all", "read_shard"]
 
-def read_shard(index: Index, shard: Shard, skip: int = 0) -> Iterator[Entry]:
-    """The examples of one tar in the order of the file, from position `skip` on.
-
-    Raises:
-        ShardError: naming the file and the member, when the tar is missing, damaged, or not what the index says.
-    """
-    _raise_any(shard_problems(index, shard, checksums=False))
-    path, count = index.folder / shard.name, 0
-    for sample in read_tar(path):
-        count += 1
-        if count > shard.count:
-            break
-        if count > skip:
-            yield decode_example(path, sample, index.shape, index.num_classes)
-    if count != shard.count:  # a damaged member header ends a tar silently
-        found = f"more than {shard.count} examples" if count > shard.count else f"{count} examples only"
-        raise ShardError(f"{path} gives {found}, the index says {shard.count}: it is damaged. {REMEDY}")
-
-
-def _raise_any(problems: list[str]) -> None:
-    if problems:
-        raise ShardError("\n".join(problems))
-
-
-class _Reader:
-    """One virtual reader. Its state is (epoch, emitted); the block in memory follows from it."""
-
-    def __init__(self, stream: Stream, number: int):
-        self.stream, self.number = stream, number
-        self.seek(0, 0)
-
-    def epoch_shards(self, epoch: int) -> list[Shard]:
-        """This reader's shards of an epoch, in reading order."""
-        shards = self.stream.index.shards
-        order = rng.permutation(self.stream.seed, f"{self.stream.purpose}/shards", epoch, 0, len(shards))
-        return [shards[i] for i in order[self.number :: self.stream.num_readers]]
-
-    def seek(self, epoch: int, emitted: int) -> None:
-        """Go to the place after `emitted` examples of `epoch`; reads nothing yet."""
-        self.epoch, self.emitted = epoch, emitted
-        self.shards = self.epoch_shards(epoch)
-        self.length = sum(shard.count for shard in self.shards)
-        self.block: list[Entry] = []
-        self.source = self._read(emitted - emitted % self.stream.shuffle_buffer)
-
-    def _read(self, start: int) -> Iterator[Entry]:
-        """This epoch's examples from position `start` on, unshuffled."""
-        for shard in self.shards:
-            if start < shard.count:
-                self.stream.verify_once(shard)
-                yield from read_shard(self.stream.index, shard, skip=start)
-            start = max(start - shard.count, 0)
-
-    def take(self) -> Entry:
-        """The next example."""
-        if self.emitted == self.length:
-            self.seek(self.epoch + 1, 0)
-        number, position = divmod(self.emitted, self.stream.shuffle_buffer)
-        if position == 0 or not self.block:  # a new block, or the current one after a seek
-            block = list(islice(self.source, self.stream.shuffle_buffer))
-            purpose = f"{self.stream.purpose}/shuffle/{self.epoch}"
-            order = rng.permutation(self.stream.seed, purpose, number, self.number, len(block))
-            self.block = [block[i] for i in order]
-        self.emitted += 1
-        return self.block[position]
+log = get_logger()
 
 
 class Stream:
@@ -97,12 +34,18 @@ class Stream:
     Args:
         index: an Index, or what `data.shards` may say.
         seed: seed of the run.
-        num_readers: R; the data-parallel size must divide it, and it must divide the global batch.
+        num_readers: R; the data-parallel size must divide it, it must divide the global batch, and there must be as
+            many shards.
         shuffle_buffer: examples that one reader shuffles together (and holds in memory).
         global_batch_size: examples of one step over all ranks.
         dp_rank, dp_size: this rank's place; pipeline stages of one data-parallel rank pass the same.
-        verify: compare the SHA-256 of every shard when it is first opened (sizes always are).
+        verify: compare the SHA-256 of every shard, of a local one when it is first opened (sizes always are).
         purpose: another purpose gives another, independent order, e.g. "calibration".
+        flip: mirror pixels and moments with probability 1/2.
+        latent_scale: factor of latents drawn from moments.
+        num_workers: processes that read for this rank, at most one per reader of it; 0 reads in this process.
+        prefetch: batches that workers prepare ahead, all in shared memory.
+        max_skipped: different damaged examples that may be passed over, in the whole run as far as this rank knows.
 
     Raises:
         ValueError: for numbers that do not fit together.
@@ -111,49 +54,78 @@ class Stream:
 
     def __init__(
         self, index: Index | str | Path, *, seed: int, num_readers: int, shuffle_buffer: int, global_batch_size: int,
-        dp_rank: int = 0, dp_size: int = 1, verify: bool = False, purpose: str = "train",
+        dp_rank: int = 0, dp_size: int = 1, verify: bool = False, purpose: str = "train", flip: bool = False,
+        latent_scale: float = 0.18215, num_workers: int = 0, prefetch: int = 4, max_skipped: int = 0,
     ):  # fmt: skip
-        self.index = index if isinstance(index, Index) else load_index(index)
-        self.seed, self.purpose, self.verify = seed, purpose, verify
-        self.num_readers, self.shuffle_buffer = num_readers, shuffle_buffer
+        index = index if isinstance(index, Index) else load_index(index)
+        self.index, self.num_readers, self.max_skipped = index, num_readers, max_skipped
         self.order: dict[str, Any] = {  # what gives the numbers of a cursor their meaning
             "seed": seed, "purpose": purpose, "num_readers": num_readers, "shuffle_buffer": shuffle_buffer,
-            "shards": self.index.digest,
+            "shards": index.digest,
         }  # fmt: skip
-        problems = _setting_problems(self.index, num_readers, shuffle_buffer, global_batch_size, dp_rank, dp_size)
+        problems = _setting_problems(index, num_readers, shuffle_buffer, global_batch_size, dp_rank, dp_size)
         if problems:
             raise ValueError("\n".join(problems))
-        _raise_any(check_shards(self.index, checksums=False))
-        self.verified: set[str] = set()
-        self.readers = {r: _Reader(self, r) for r in range(dp_rank, num_readers, dp_size)}
-        self.slots = tuple(s for s in range(global_batch_size) if s % num_readers in self.readers)
+        if missing := check_shards(index, checksums=False):
+            raise ShardError("\n".join(missing))
+        plan = Plan(index, seed, purpose, num_readers, shuffle_buffer, verify, flip, latent_scale, max_skipped)
+        mine = range(dp_rank, num_readers, dp_size)
+        self.slots = slots_of(mine, num_readers, global_batch_size)
+        rows = [(row, slot % num_readers) for row, slot in enumerate(self.slots)]
+        self.source: Part | Pool = Part(plan, mine, rows)
+        if num_workers:
+            self.source = Pool(plan, mine, rows, min(num_workers, len(mine)), prefetch)
+        self.places: dict[int, Place] = dict.fromkeys(mine, Place())
         self.batches = 0
+        self.skipped: set[tuple[str, int]] = set()
+        """(shard, position) of the damaged examples that were passed over."""
 
-    def verify_once(self, shard: Shard) -> None:
-        """Compare the checksum of a shard before its first use, where `verify` asks for it."""
-        if self.verify and shard.name not in self.verified:
-            _raise_any(shard_problems(self.index, shard, checksums=True))
-            self.verified.add(shard.name)
+    @property
+    def readers(self) -> dict[int, Reader]:
+        """This rank's readers; none when workers read."""
+        return self.source.readers if isinstance(self.source, Part) else {}
+
+    @property
+    def num_skipped(self) -> int:
+        """How often this rank's readers have passed over a damaged example, in all epochs."""
+        return sum(place.skipped for place in self.places.values())
 
     def next_batch(self) -> Batch:
         """This rank's examples of the next global batch: latents (N,C,H,W) f32, labels (N,) i64.
 
         Raises:
-            ShardError: when a shard cannot be read; the cursor stays before this batch.
+            ShardError: when a shard cannot be read, or too many examples are damaged.
+            WorkerError: when a worker process has died.
+            Whatever is raised, the cursor stays before this batch.
         """
-        before = self.state()
+        latents = torch.empty((len(self.slots), *self.index.latent_shape), dtype=torch.float32)
+        labels = torch.empty(len(self.slots), dtype=torch.int64)
         try:
-            entries = [self.readers[slot % self.num_readers].take() for slot in self.slots]
+            damages = self.source.fill(latents.numpy(), labels.numpy())
+            skipped = self._checked(damages)
         except BaseException:  # whatever happened, a checkpoint made now must not skip examples
-            self.load_state(before)
+            self.source.seek(self.places)
             raise
+        self.places, self.skipped = self.source.places(), skipped
         self.batches += 1
-        return Batch(*_collate(entries), self.slots)
+        return Batch(latents, labels, self.slots)
+
+    def _checked(self, damages: list[Damage]) -> set[tuple[str, int]]:
+        """All damaged examples known now; each is reported once, and too many are an error."""
+        known = set(self.skipped)
+        for damage in damages:
+            if (damage.shard, damage.position) not in known:
+                known.add((damage.shard, damage.position))
+                if len(known) > self.max_skipped:
+                    raise too_many(damage, len(known), self.max_skipped)
+                log.error("skipped a damaged example (%d of at most %d): %s", len(known), self.max_skipped, damage.text)
+        return known
 
     def state(self) -> dict[str, Any]:
         """The cursor of this rank's readers as plain JSON values; `merge_states` joins those of all ranks."""
-        readers = {str(r): {"epoch": reader.epoch, "emitted": reader.emitted} for r, reader in self.readers.items()}
-        return {"readers": readers, "batches": self.batches, "order": dict(self.order)}
+        readers = {str(r): place._asdict() for r, place in self.places.items()}
+        skipped = [list(place) for place in sorted(self.skipped)]
+        return {"readers": readers, "batches": self.batches, "skipped": skipped, "order": dict(self.order)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a cursor of this or of another number of ranks (merged); picks this rank's readers.
@@ -166,12 +138,17 @@ class Stream:
         if different:
             message = f"The saved place in the data is of another stream: {'; '.join(different)}."
             raise ValueError(f"{message} Give the settings and shards of the checkpoint.")
-        missing = [r for r in self.readers if str(r) not in state["readers"]]
+        missing = [r for r in self.places if str(r) not in state["readers"]]
         if missing:
             raise ValueError(f"The saved place in the data lacks readers {missing}. Merge the states of all ranks.")
-        for r, reader in self.readers.items():
-            reader.seek(state["readers"][str(r)]["epoch"], state["readers"][str(r)]["emitted"])
+        self.places = {r: Place(**state["readers"][str(r)]) for r in self.places}
+        self.source.seek(self.places)
         self.batches = state["batches"]
+        self.skipped = {(shard, position) for shard, position in state.get("skipped", [])}
+
+    def close(self) -> None:
+        """End the workers; the next batch would start them again."""
+        self.source.close()
 
 
 def _setting_problems(
@@ -196,12 +173,6 @@ def _setting_problems(
     return found
 
 
-def _collate(entries: list[Entry]) -> tuple[torch.Tensor, torch.Tensor]:
-    """latents (N,C,H,W) f32 and labels (N,) i64 of examples."""
-    latents = np.stack([latents for _, latents, _ in entries])
-    return torch.from_numpy(latents), torch.tensor([label for _, _, label in entries], dtype=torch.int64)
-
-
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """One cursor from those of all data-parallel ranks.
 
@@ -210,12 +181,23 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """
     parts = list(states)
     merged: dict[str, Any] = {**parts[0], "readers": {}}
+    skipped = {(shard, position) for part in parts for shard, position in part.get("skipped", [])}
+    merged["skipped"] = [list(place) for place in sorted(skipped)]
     for part in parts:
         clash = [r for r, place in part["readers"].items() if merged["readers"].get(r, place) != place]
         if clash or part["batches"] != merged["batches"] or part["order"] != merged["order"]:
             raise ValueError("The ranks' places in the data are not of the same step and run: they cannot be merged.")
         merged["readers"] |= part["readers"]
     return merged
+
+
+def _latents_of(index: Index, entries: list[tuple[str, np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """latents (N,C,H,W) f32, drawn once and never mirrored, and labels (N,) i64 of stored examples."""
+    latents = torch.empty((len(entries), *index.latent_shape), dtype=torch.float32)
+    draw = Draw(0, "all", index.kind)
+    for row, (key, array, _) in zip(latents.numpy(), entries, strict=True):
+        draw.into(row, key, array, epoch=0)
+    return latents, torch.tensor([label for _, _, label in entries], dtype=torch.int64)
 
 
 def read_all(index: Index | str | Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,9 +207,10 @@ def read_all(index: Index | str | Path) -> tuple[torch.Tensor, torch.Tensor]:
         latents (N,C,H,W) f32 and labels (N,) i64.
     """
     index = index if isinstance(index, Index) else load_index(index)
-    _raise_any(check_shards(index, checksums=False))
+    if missing := check_shards(index, checksums=False):
+        raise ShardError("\n".join(missing))
     entries = [entry for shard in index.shards for entry in read_shard(index, shard)]
-    return _collate(sorted(entries, key=lambda entry: entry[0]))
+    return _latents_of(index, sorted(entries, key=lambda entry: entry[0]))
 
 
 def first_examples(

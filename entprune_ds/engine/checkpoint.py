@@ -221,7 +221,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint) -> None:
     engine.ema_count = checkpoint.manifest["ema_count"]
 
 
-def range_reader(checkpoint: Checkpoint) -> Callable[[str, int, int], dict[str, Tensor]]:
+def range_reader(checkpoint: Checkpoint, keys: tuple[str, ...] = KEYS) -> Callable[[str, int, int], dict[str, Tensor]]:
     """(name, start, stop) -> {key: (stop - start,) f32} from the files of all saved ranks, by memory map. Local."""
     where: dict[str, list[tuple[int, int, int]]] = {}
     handles = []
@@ -231,11 +231,11 @@ def range_reader(checkpoint: Checkpoint) -> Callable[[str, int, int], dict[str, 
             where.setdefault(name, []).append((index, start, stop))
 
     def read(name: str, first: int, last: int) -> dict[str, Tensor]:
-        out = {key: torch.full((last - first,), float("nan")) for key in KEYS}
+        out = {key: torch.full((last - first,), float("nan")) for key in keys}
         for index, start, stop in where[name]:
             low, high = max(first, start), min(last, stop)
             if low < high:
-                for key in KEYS:
+                for key in keys:
                     part = handles[index].get_slice(f"{key}/{name}")[low - start : high - start]
                     out[key][low - first : high - first] = part
         return out

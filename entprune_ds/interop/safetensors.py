@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from entprune_ds.config import NOT_ARCHITECTURE, ConfigError, ModelConfig, config_from_dict, problems_of, to_dict
+from entprune_ds.config import ConfigError, ModelConfig, config_from_dict
+from entprune_ds.config_checks import model_problems
+from entprune_ds.interop.source import Source, description, loaded_model
+from entprune_ds.interop.tensors import Reader, key_report, open_tensors, parameter_shapes, write_tensors
 from entprune_ds.models.dit import DiT
 
 FORMAT = "entprune_ds/1"
+FILES = ("model.safetensors", "config.json")
 
 
 def save_model(out: Path, names: Iterable[str], read: Callable[[str], Tensor], model: ModelConfig, facts: dict) -> Path:
@@ -25,27 +26,59 @@ def save_model(out: Path, names: Iterable[str], read: Callable[[str], Tensor], m
     Args:
         out: folder to write; an export in it is replaced.
         names: parameter names.
-        read: name -> full fp32 tensor.
+        read: name -> full fp32 tensor; called once per name, one tensor is held at a time.
         model: architecture, with kept_blocks.
         facts: plain values stored beside it (step, weights, commit, config digest, ...).
+
+    Raises:
+        OSError: when `out` cannot be written.
+        ValueError: a name or tensor that does not belong to the architecture.
     """
+    shapes = parameter_shapes(model)
+    foreign = [name for name in names if name not in shapes]
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)}: no parameters of this architecture.")
     out.mkdir(parents=True, exist_ok=True)
-    weights, config = out / ".model.safetensors.writing", out / ".config.json.writing"
-    tensors = {name: read(name).contiguous() for name in names}
+    weights, config = (out / f".{name}.writing" for name in FILES)
     try:
-        save_file(tensors, weights, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {weights}: {error}") from error
-    architecture = {k: v for k, v in to_dict(model).items() if k not in NOT_ARCHITECTURE}
-    architecture["kept_blocks"] = list(model.blocks)
-    text = {"format": FORMAT, "model": architecture, "kept_blocks": list(model.blocks), **facts}
-    config.write_text(json.dumps(text, indent=2, allow_nan=False))
-    for path in (weights, config):
-        with open(path, "rb") as file:
+        write_tensors(weights, {name: shapes[name] for name in names}, read)
+        text = {"format": FORMAT, **description(Source(model, read, facts))}
+        config.write_text(json.dumps(text, indent=2, allow_nan=False))
+        with open(config, "rb") as file:
             os.fsync(file.fileno())
-    os.replace(weights, out / "model.safetensors")
-    os.replace(config, out / "config.json")
+        os.replace(weights, out / FILES[0])
+        os.replace(config, out / FILES[1])
+    finally:
+        weights.unlink(missing_ok=True)
+        config.unlink(missing_ok=True)
     return out
+
+
+def write_export(out: Path, source: Source) -> Path:
+    """Write a source as an export; see `save_model`."""
+    return save_model(out, list(source.shapes), source.read, source.model, source.facts)
+
+
+def read_description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Architecture and facts of a config.json, or of the description beside another format.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    try:
+        facts = json.loads(path.read_text())
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"its format is {facts.get('format')!r}, this version reads {FORMAT!r}")
+        config = config_from_dict({"model": facts["model"]})
+        wrong = model_problems(config.model)
+        if wrong:
+            raise ConfigError(wrong)
+        missing = [key for key in ("weights", "step", "kept_blocks") if key not in facts]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    return config.model, facts
 
 
 def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -54,25 +87,25 @@ def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
         ValueError: when the folder is no complete export, saying what is missing.
     """
-    for name in ("config.json", "model.safetensors"):
+    for name in reversed(FILES):
         if not (folder / name).is_file():
             message = f"{folder} is not an exported model: {name} is missing. "
             raise ValueError(message + "Make one with `entprune-ds export run=runs/NAME out=DIR`.")
-    try:
-        facts = json.loads((folder / "config.json").read_text())
-        if facts.get("format") != FORMAT:
-            raise ValueError(f"its format is {facts.get('format')!r}, this version reads {FORMAT!r}")
-        config = config_from_dict({"model": facts["model"]})
-        wrong = problems_of(config)
-        if wrong:
-            raise ConfigError(wrong)
-        model = config.model
-        missing = [key for key in ("weights", "step", "kept_blocks") if key not in facts]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} missing")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}.") from error
-    return model, facts
+    return read_description(folder / "config.json")
+
+
+def open_export(folder: Path) -> Source:
+    """An export at rest.
+
+    Raises:
+        ValueError: listing missing, extra and mis-shaped parameters.
+    """
+    model, facts = read_export(folder)
+    shapes, read = open_tensors(folder / "model.safetensors")
+    problems = key_report(parameter_shapes(model), shapes)
+    if problems:
+        raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: " + "; ".join(problems))
+    return Source(model, read, {k: v for k, v in facts.items() if k not in ("format", "model", "kept_blocks")})
 
 
 def load_model(folder: Path) -> tuple[DiT, dict[str, Any]]:
@@ -81,71 +114,14 @@ def load_model(folder: Path) -> tuple[DiT, dict[str, Any]]:
     Raises:
         ValueError: listing missing, extra and mis-shaped parameters.
     """
-    config, facts = read_export(folder)
-    problems = weight_problems(config, folder)
-    if problems:
-        raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: " + "; ".join(problems))
-    model, read = DiT(config), tensor_reader(folder)
-    model.load_state_dict({name: read(name) for name, _ in model.named_parameters()}, strict=True)
-    return model.eval().requires_grad_(False), facts
+    source = open_export(folder)
+    return loaded_model(source), read_export(folder)[1]
 
 
-def weight_problems(config: ModelConfig, folder: Path) -> list[str]:
-    """Missing, extra and mis-shaped parameters of an export, from its header alone.
-
-    Raises:
-        ValueError: when the file is damaged.
-    """
-    with torch.device("meta"):
-        expected = {n: tuple(p.shape) for n, p in DiT(config).named_parameters()}
-    handle = _open(folder)
-    return key_report(expected, {n: tuple(handle.get_slice(n).get_shape()) for n in handle.keys()})  # noqa: SIM118
-
-
-def key_report(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
-    """Every difference between two sets of parameters, as text: missing, extra, mis-shaped."""
-    problems = [f"missing {n} {list(expected[n])}" for n in expected if n not in found]
-    problems += [f"extra {n} {list(found[n])}" for n in found if n not in expected]
-    for name in expected.keys() & found.keys():
-        if expected[name] != found[name]:
-            problems.append(f"{name} has shape {list(found[name])} instead of {list(expected[name])}")
-    return sorted(problems)
-
-
-def tensor_reader(folder: Path) -> Callable[[str], Tensor]:
+def tensor_reader(folder: Path) -> Reader:
     """name -> full fp32 tensor of an export, one at a time by memory map.
 
     Raises:
         ValueError: when the file is damaged.
     """
-    handle = _open(folder)
-    return lambda name: handle.get_tensor(name).float()
-
-
-def _open(folder: Path) -> Any:
-    path = folder / "model.safetensors"
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): it is damaged. Export it again.") from error
-
-
-def architecture_problems(wanted: ModelConfig, folder: Path) -> list[str]:
-    """How the architecture of an export differs from a config, both values listed; empty when it fits."""
-    try:
-        found, _ = read_export(folder)
-        wrong = weight_problems(found, folder)
-    except (OSError, ValueError) as error:
-        return [f"`model.weights`: {error}"]
-    if wrong:
-        return [
-            f"`model.weights`: {folder / 'model.safetensors'} does not fit its config.json: {'; '.join(wrong[:8])}."
-        ]
-    a, b = to_dict(wanted), to_dict(found)
-    keys = [k for k in a if k not in (*NOT_ARCHITECTURE, "kept_blocks") and a[k] != b[k]]
-    problems = [f"`model.{k}` is {a[k]}, but `model.weights` ({folder}) has {b[k]}. Make them equal." for k in keys]
-    missing = sorted(set(wanted.blocks) - set(found.blocks))
-    if missing and not keys:
-        message = f"`model.weights` ({folder}) no longer has blocks {missing}. "
-        problems.append(message + f"Set model.kept_blocks={list(found.blocks)}, or a part of them.")
-    return problems
+    return open_tensors(folder / "model.safetensors")[1]

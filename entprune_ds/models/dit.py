@@ -36,7 +36,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.register_buffer("pos_embed", position_embedding(config.hidden_size, self.side), persistent=False)
         self.blocks = nn.ModuleDict({str(i): build_block(config) for i in config.blocks})
-        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.head_channels, config.norm_eps)
+        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.head_channels)
 
     def embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """z_t (N,C,H,W), t (N,), labels (N,) -> tokens x (N,T,D), conditioning c (N,D)."""

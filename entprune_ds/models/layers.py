@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NORM_EPS = 1e-6
+"""Epsilon of the norm before the attention and of the last one, in the official code and in diffusers alike."""
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (N,T,D) -> x * (1 + scale) + shift, with shift and scale (N,D)."""
@@ -103,11 +106,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-Zero transformer block (DiT, arXiv 2212.09748, sec. 3.2); removing it is the identity on x."""
+    """adaLN-Zero transformer block (DiT, arXiv 2212.09748, sec. 3.2); removing it is the identity on x.
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, norm_eps: float = 1e-6):
+    norm_eps is that of the norm before the MLP alone: the only one that diffusers configures.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, norm_eps: float = NORM_EPS):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
@@ -123,9 +129,9 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """x (N,T,D), c (N,D) -> patches (N,T,patch^2 * channels)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, norm_eps: float = 1e-6):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 

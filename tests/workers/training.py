@@ -35,7 +35,7 @@ def scores(export: str, shards: str, zero_stage: int, out: str) -> dict:
     config = tiny_config(zero_stage)
     config = replace(config, model=model, data=replace(config.data, shards=shards))
     engine = build_engine(config, model)
-    load_weights(engine, Path(export))
+    load_weights(engine, Path(export), model)
     view = ShardedView(engine, "weight", torch.float64)
     prune = PruneConfig(calibration_draws=96, calibration_batch=32, ntk_samples=4, zico_batches=4, zico_batch_size=4)
     config = replace(config, prune=prune, run=replace(config.run, seed=3))

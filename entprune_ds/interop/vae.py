@@ -1,0 +1,118 @@
+"""The VAE of latent models, a diffusers AutoencoderKL, handed on as plain encode and decode callables."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A frozen VAE and what the samples' protocol must say of it."""
+
+    encode: Callable[[Tensor], Tensor]
+    """Pixels (N,3,H,W) in [-1,1] -> moments (N,2C,h,w) f32: mean and log variance, not scaled, not sampled."""
+    decode: Callable[[Tensor], Tensor]
+    """Scaled latents (N,C,h,w) -> pixels (N,3,H,W) f32, about [-1,1]."""
+    name: str
+    """Folder name or hub name."""
+    revision: str
+    """Commit of a hub repository, or "sha256:..." of a local weights file."""
+    scaling_factor: float
+    """Latents are the VAE's samples times this (0.18215 for sd-vae-ft-ema)."""
+    latent_channels: int
+    """C."""
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Plain values for a protocol file."""
+        return {"vae": self.name, "vae_revision": self.revision, "vae_scaling_factor": self.scaling_factor}
+
+
+def load_vae(name: str, revision: str = "", device: torch.device | str = "cpu", batch_size: int = 16) -> Vae:
+    """Load an AutoencoderKL in fp32; safetensors only, no code of the repository is run.
+
+    Args:
+        name: folder written by save_pretrained, or a hub name such as "stabilityai/sd-vae-ft-ema".
+        revision: branch, tag or commit of a hub name; empty is its main branch.
+        device: where it works.
+        batch_size: images encoded or decoded together; a whole batch of 256 would not fit most GPUs.
+
+    Raises:
+        ValueError: without the [vae] extra, for a name that cannot be loaded, or for weights that do not fit.
+    """
+    try:
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging as diffusers_log
+    except ImportError as error:
+        message = f"`sample.vae` needs the package diffusers ({error}). "
+        raise ValueError(message + "Install it with pip install 'entprune_ds[vae]'.") from error
+    folder = Path(name)
+    local = folder.is_dir()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise ValueError(f"`sample.vae`: {name} is neither a folder nor a hub name such as stabilityai/sd-vae-ft-ema.")
+    if local and not (folder / WEIGHTS).is_file():
+        raise ValueError(f"`sample.vae`: {folder} has no {WEIGHTS}: only safetensors are read.")
+    diffusers_log.set_verbosity_error()
+    try:
+        if local:
+            found = f"sha256:{_digest(folder / WEIGHTS)}"
+            model, report = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        else:
+            _, _, found = AutoencoderKL.load_config(
+                name, revision=revision or None, return_unused_kwargs=True, return_commit_hash=True
+            )
+            model, report = AutoencoderKL.from_pretrained(
+                name, revision=found, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # the hub's client raises errors of several packages for a missing network or name
+        remedy = "Check the folder." if local else "Download it on a machine with a network and give its folder."
+        raise ValueError(
+            f"`sample.vae`: {name} cannot be loaded ({' '.join(str(error).split())[:300]}). {remedy}"
+        ) from error
+    wrong = [f"{kind.split('_')[0]} {n}" for kind, names in report.items() for n in names if kind != "error_msgs"]
+    if wrong:
+        raise ValueError(f"`sample.vae`: the weights of {name} do not fit its config.json: {'; '.join(sorted(wrong))}.")
+    return _callables(model.eval().requires_grad_(False).to(device), folder.name if local else name, found, batch_size)
+
+
+def _callables(model: Any, name: str, revision: str, batch_size: int) -> Vae:
+    config = model.config
+    shifted = [k for k in ("shift_factor", "latents_mean", "latents_std") if config[k] is not None]
+    if shifted:
+        message = (
+            f"`sample.vae`: {name} also shifts its latents ({', '.join(shifted)}), which DiT and SiT models do not. "
+        )
+        raise ValueError(message + "Choose sd-vae-ft-ema or one like it.")
+    scale = float(config.scaling_factor)
+
+    def in_batches(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = [work(part) for part in x.to(model.device, torch.float32).split(batch_size)]
+        return torch.cat(parts)
+
+    def encode(pixels: Tensor) -> Tensor:
+        return in_batches(lambda part: model.encode(part).latent_dist.parameters, pixels)  # (N,2C,h,w)
+
+    def decode(latents: Tensor) -> Tensor:
+        if latents.shape[1] != config.latent_channels:
+            message = (
+                f"`sample.vae`: {name} decodes {config.latent_channels} channels, the model makes {latents.shape[1]}."
+            )
+            raise ValueError(message + " Choose the VAE that the model was trained with.")
+        return in_batches(lambda part: model.decode(part / scale).sample, latents)  # (N,3,H,W)
+
+    return Vae(encode, decode, name, revision, scale, int(config.latent_channels))
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
