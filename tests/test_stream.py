@@ -137,7 +137,7 @@ def test_draws_are_new_in_every_epoch_and_follow_the_formula(index):
         row = np.empty((1, 2, 2), np.float32)
         draw.into(row, key, array, reader.epoch)
         generator = draw._generator(key, reader.epoch)
-        mirrored = int(torch.rand((), generator=generator) < 0.5)
+        mirrored = generator.initial_seed() >> 62
         noise = torch.randn((1, 2, 2), generator=generator).double().numpy()
         mean, log_variance = array[mirrored].astype(np.float64)[:1], array[mirrored].astype(np.float64)[1:]
         assert np.allclose(row, (mean + np.exp(log_variance / 2) * noise) * 0.18215, atol=1e-6)
