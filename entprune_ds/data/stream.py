@@ -45,6 +45,7 @@ class Stream:
         latent_scale: factor of latents drawn from moments.
         num_workers: processes that read for this rank, at most one per reader of it; 0 reads in this process.
         prefetch: batches that workers prepare ahead, all in shared memory.
+        allow_pipe: whether `index` may be `pipe:` and a shell command.
         max_skipped: different damaged examples that may be passed over, in the whole run as far as this rank knows.
 
     Raises:
@@ -56,8 +57,9 @@ class Stream:
         self, index: Index | str | Path, *, seed: int, num_readers: int, shuffle_buffer: int, global_batch_size: int,
         dp_rank: int = 0, dp_size: int = 1, verify: bool = False, purpose: str = "train", flip: bool = False,
         latent_scale: float = 0.18215, num_workers: int = 0, prefetch: int = 4, max_skipped: int = 0,
+        allow_pipe: bool = False,
     ):  # fmt: skip
-        index = index if isinstance(index, Index) else load_index(index)
+        index = index if isinstance(index, Index) else load_index(index, allow_pipe)
         self.index, self.num_readers, self.max_skipped = index, num_readers, max_skipped
         self.order: dict[str, Any] = {  # what gives the numbers of a cursor their meaning
             "seed": seed, "purpose": purpose, "num_readers": num_readers, "shuffle_buffer": shuffle_buffer,
