@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from entprune_ds.config import config_from_dict, digest
+from entprune_ds.config import config_from_dict, digest, to_dict
 from entprune_ds.engine.checkpoint import Checkpoint, range_reader
 from entprune_ds.environment import commit
 from entprune_ds.interop.safetensors import save_model
@@ -37,6 +37,7 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str) -> Path:
     facts = {
         "weights": weights,
         "step": checkpoint.step,
+        "diffusion": to_dict(config)["diffusion"],
         "config_digest": digest(checkpoint.manifest["record"]["config"]),
         "commit": commit(),
     }

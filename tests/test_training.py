@@ -153,7 +153,7 @@ def brute_force(export: str, digits: str) -> dict[str, dict[str, float]]:
     """Leave-one-out by L + 1 whole forward passes in float64, in this one process."""
     from dataclasses import replace
 
-    from entprune_ds.diffusion.objective import make_draws
+    from entprune_ds.diffusion.objective import FlowObjective
     from entprune_ds.models.dit import DiT
     from entprune_ds.trainer import examples_of
     from tests.tiny import tiny_config
@@ -164,7 +164,7 @@ def brute_force(export: str, digits: str) -> dict[str, dict[str, float]]:
     examples, outputs = examples_of(config, 0), {}
     batches = [examples("calibration", 32) for _ in range(3)]
     latents, labels = (torch.cat(c) for c in zip(*batches, strict=True))
-    draws = make_draws(latents, labels, range(96), seed=3, purpose="calibration", step=0)
+    draws = FlowObjective().make_draws(latents, labels, range(96), seed=3, purpose="calibration", step=0)
     for dropped in [None, *facts["kept_blocks"]]:
         kept = tuple(b for b in facts["kept_blocks"] if b != dropped)
         architecture = {k: v for k, v in facts["model"].items() if k != "kept_blocks"}

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from entprune_ds.config import ConfigError, ModelConfig, config_from_dict, problems_of, to_dict
+from entprune_ds.config import ConfigError, ModelConfig, config_from_dict, model_problems, to_dict
 from entprune_ds.models.dit import DiT
 
 FORMAT = "entprune_ds/1"
@@ -63,7 +63,7 @@ def read_export(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         if facts.get("format") != FORMAT:
             raise ValueError(f"its format is {facts.get('format')!r}, this version reads {FORMAT!r}")
         config = config_from_dict({"model": facts["model"]})
-        wrong = problems_of(config)
+        wrong = model_problems(config.model)  # how it samples is no matter of the export
         if wrong:
             raise ConfigError(wrong)
         model = config.model
