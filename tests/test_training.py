@@ -110,7 +110,7 @@ OTHER_PROCESSES = {
 }
 
 
-def test_diffusion_and_other_flows_train_score_prune_and_sample(digits, tmp_path):
+def test_diffusion_and_other_flows_train_score_prune_and_sample(digits, tmp_path, capsys):
     from entprune_ds.cli.sample import main as sample
 
     runs = [words(digits, tmp_path, n, "train.num_steps=9", *more) for n, more in OTHER_PROCESSES.items()]
@@ -119,8 +119,8 @@ def test_diffusion_and_other_flows_train_score_prune_and_sample(digits, tmp_path
         run = tmp_path / name
         seen = losses(run)
         assert len(seen) == 9 and all(0 < loss < 1e3 for loss in seen.values())
-        [first, last] = [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()]
-        assert len(last["kept_blocks"]) == 2 and all(v["value"] != 0 for v in first["scores"]["loss"].values())
+        [_, last] = [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()]
+        assert len(last["kept_blocks"]) == 2 and all(v["value"] != 0 for v in last["scores"]["loss"].values())
         assert (run / "samples" / "step_00000009_final.png").is_file()
         model, facts = load_model(run / "model")
         assert len(model.blocks) == 2 and facts["model"]["process"] == ("dit" if name == "dit" else "sit")
@@ -128,14 +128,6 @@ def test_diffusion_and_other_flows_train_score_prune_and_sample(digits, tmp_path
         assert sample([f"run={run}", f"out={out}", "sample.num_samples=10", "sample.cfg_scale=2"]) == 0
         protocol = json.loads((tmp_path / f"{name}_protocol.json").read_text())
         assert protocol["sampler"] == ("ddim" if name == "dit" else "dopri5") and protocol["cfg_interval"] == [0, 1]
-
-
-def test_sampling_an_export_with_settings_of_another_model_is_refused(digits, tmp_path, capsys):
-    from entprune_ds.cli.sample import main as sample
-
-    runs = [words(digits, tmp_path, n, "prune.target_depth=null", "train.num_steps=1", *more)
-            for n, more in OTHER_PROCESSES.items()]  # fmt: skip
-    run_ranks("tests.workers.training:train", 1, runs=runs)
     for name, expected in (("dit", "must be one of ddpm, ddim, got euler"), ("vp", "trained with vp. Set that value")):
         assert sample([f"weights={tmp_path / name / 'model'}", f"out={tmp_path / 'x.npz'}"]) == 2
         assert expected in capsys.readouterr().err
