@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entprune_ds.config_checks import problems_of
+from entprune_ds.config_checks import model_problems, problems_of
 from entprune_ds.config_schema import (
     NOT_ARCHITECTURE,
     Config,
@@ -55,6 +55,7 @@ __all__ = [
     "config_from_dict",
     "digest",
     "load_config",
+    "model_problems",
     "problems_of",
     "to_dict",
     "to_yaml",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from entprune_ds.config_schema import Config, ModelConfig, SampleConfig
+from entprune_ds.config_schema import Config, ModelConfig
 
 MAX_DEPTH = 4096
+MAX_TIMESTEPS = 1000
 SAMPLERS = {"sit": ("euler", "heun", "dopri5", "sde"), "dit": ("ddpm", "ddim")}
 SDE_DIFFUSIONS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
 CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit")
@@ -34,36 +35,9 @@ def problems_of(config: Config) -> list[str]:
     )
     require(plain_name, f"`run.name` must be one folder name, got {config.run.name!r}.")
     positive("run", config.run, "timeout_seconds")
-    keys = ("depth", "hidden_size", "num_heads", "mlp_ratio", "patch_size", "input_size", "in_channels", "num_classes")
-    positive("model", model, *keys)
-    require(model.depth <= MAX_DEPTH, f"`model.depth` must be at most {MAX_DEPTH}, got {model.depth}.")
-    require(model.norm_eps > 0, f"`model.norm_eps` must be above 0, got {model.norm_eps}.")
-    require(
-        0 <= model.frequency_shift <= 1, f"`model.frequency_shift` must lie in [0, 1], got {model.frequency_shift}."
-    )
-    one_of("model.process", model.process, ("sit", "dit"))
-    if model.process == "dit":
-        require(model.learn_sigma, "`model.learn_sigma` must be true with `model.process=dit`, got False.")
+    found += model_problems(model)
     if model.process in SAMPLERS:
         found += _diffusion_problems(config)
-    if not found:
-        divides = model.hidden_size % model.num_heads == 0
-        require(
-            divides, f"`model.num_heads` must divide `model.hidden_size` ({model.hidden_size}), got {model.num_heads}."
-        )
-        require(model.hidden_size % 4 == 0, f"`model.hidden_size` must be a multiple of 4, got {model.hidden_size}.")
-        divides = model.input_size % model.patch_size == 0
-        require(
-            divides, f"`model.patch_size` must divide `model.input_size` ({model.input_size}), got {model.patch_size}."
-        )
-    if model.kept_blocks is not None:
-        kept = model.kept_blocks
-        ok = len(kept) > 0 and list(kept) == sorted(set(kept)) and all(0 <= b < model.depth for b in kept)
-        require(
-            ok,
-            f"`model.kept_blocks` must be sorted block indices below `model.depth` ({model.depth}), got {list(kept)}.",
-        )
-
     positive("data", data, "num_readers", "shuffle_buffer", "shard_size", "latent_scale", "prefetch")
     for key in ("num_workers", "max_skipped"):
         got = getattr(data, key)
@@ -120,6 +94,41 @@ def image_problems(config: Config) -> list[str]:
     return found
 
 
+def model_problems(model: ModelConfig) -> list[str]:
+    """Impossible values of an architecture alone."""
+    found: list[str] = []
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            found.append(message)
+
+    for key in (
+        "depth", "hidden_size", "num_heads", "mlp_ratio", "patch_size", "input_size", "in_channels", "num_classes",
+        "norm_eps",
+    ):  # fmt: skip
+        got = getattr(model, key)
+        require(got > 0, f"`model.{key}` must be above 0, got {got}.")
+    require(model.depth <= MAX_DEPTH, f"`model.depth` must be at most {MAX_DEPTH}, got {model.depth}.")
+    shift = model.frequency_shift
+    require(0 <= shift <= 1, f"`model.frequency_shift` must lie in [0, 1], got {shift}.")
+    known = model.process in SAMPLERS
+    require(known, f"`model.process` must be one of {', '.join(SAMPLERS)}, got {model.process}.")
+    halves = model.process != "dit" or model.learn_sigma
+    require(halves, "`model.learn_sigma` must be true with `model.process=dit`, got False.")
+    if not found:
+        width, heads, patch = model.hidden_size, model.num_heads, model.patch_size
+        require(width % heads == 0, f"`model.num_heads` must divide `model.hidden_size` ({width}), got {heads}.")
+        require(width % 4 == 0, f"`model.hidden_size` must be a multiple of 4, got {width}.")
+        divides = model.input_size % patch == 0
+        require(divides, f"`model.patch_size` must divide `model.input_size` ({model.input_size}), got {patch}.")
+    if model.kept_blocks is not None:
+        kept = list(model.kept_blocks)
+        ok = len(kept) > 0 and kept == sorted(set(kept)) and all(0 <= b < model.depth for b in kept)
+        message = f"`model.kept_blocks` must be sorted block indices below `model.depth` ({model.depth}), got {kept}."
+        require(ok, message)
+    return found
+
+
 def _diffusion_problems(config: Config) -> list[str]:
     """Objective and sampler, which hang on the process."""
     diffusion, sample, process = config.diffusion, config.sample, config.model.process
@@ -144,6 +153,13 @@ def _diffusion_problems(config: Config) -> list[str]:
     if sample.cfg_channels is not None and not 1 <= sample.cfg_channels <= config.model.in_channels:
         message = f"`sample.cfg_channels` must lie in [1, {config.model.in_channels}] or be null, "
         found.append(message + f"got {sample.cfg_channels}.")
+    if process == "dit" and not 2 <= sample.num_steps <= MAX_TIMESTEPS:
+        message = f"`sample.num_steps` must lie in [2, {MAX_TIMESTEPS}] with `model.process=dit`, "
+        found.append(message + f"got {sample.num_steps}.")
+    if sample.sampler == "sde" and sample.sde_last_step != "none" and sample.num_steps == 1:
+        found.append("`sample.num_steps` must be at least 2 with `sample.sde_last_step`, which is one of them, got 1.")
+    if sample.sde_last_step_size >= 1:
+        found.append(f"`sample.sde_last_step_size` must be below 1, got {sample.sde_last_step_size}.")
     for key in ("atol", "rtol", "sde_norm", "sde_last_step_size"):
         if getattr(sample, key) <= 0:
             found.append(f"`sample.{key}` must be above 0, got {getattr(sample, key)}.")
@@ -197,9 +213,3 @@ def _pruning_problems(config: Config) -> list[str]:
             message = f"`prune.explicit_order` must list at least {to_remove} different present blocks, "
             found.append(message + f"got {list(order)}.")
     return found
-
-
-def model_problems(model: ModelConfig) -> list[str]:
-    """Impossible values of an architecture alone, e.g. one that was read from a file."""
-    sampler = SAMPLERS.get(model.process, ("euler",))[0]
-    return problems_of(Config(model=model, sample=SampleConfig(sampler=sampler)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig, PruneConfig
-from entprune_ds.diffusion.objective import Draws, loss_per_example, make_draws
+from entprune_ds.diffusion.objective import Draws, Objective, build_objective
 from entprune_ds.importance.criteria import CRITERIA, removal_order
 from entprune_ds.importance.ntk import ntk_score
 from entprune_ds.importance.parts import Parts
@@ -73,9 +73,10 @@ def run_check(
     if prune.score_only:  # nothing goes, so the last checks would be out of reach of any cap
         cap = max(cap, len(kept_blocks) - target)
     depths = candidate_depths(len(kept_blocks), target, cap, prune.num_checks - check)
-    draws = proxy_draws(prune, seed, check, examples)
+    objective = build_objective(config.model, config.diffusion)
+    draws = proxy_draws(objective, prune, seed, check, examples)
     keep_sets = [tuple(blocks_at_depth(kept_blocks, order, depth)) for depth in depths]
-    candidates = [measure_candidate(parts, kept, draws, prune, seed, check) for kept in keep_sets]
+    candidates = [measure_candidate(parts, kept, draws, objective, prune, seed, check) for kept in keep_sets]
     proposal = _decide(candidates, prune, check, step, kept_blocks, order, scores) if comm.is_main() else None
     decision = PruneDecision.from_json(comm.broadcast_json(None if proposal is None else proposal.to_json()))
     comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
@@ -85,16 +86,17 @@ def run_check(
 def sweep_scores(parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, examples: Examples) -> Scores:
     """One-sweep leave-one-out scores over the calibration draws, split across ranks. Collective."""
     prune, seed, chunk = config.prune, config.run.seed, stack_chunk(config.model, parts.dtype)
+    objective = build_objective(config.model, config.diffusion)
     groups = prune.calibration_draws // prune.calibration_batch
     statistics: SweepStatistics | None = None
     for group in range(groups):
         latents, labels = examples("calibration", prune.calibration_batch)
         slots = range(group * prune.calibration_batch, (group + 1) * prune.calibration_batch)
-        mine = _my_part(make_draws(latents, labels, slots, seed=seed, purpose="calibration", step=check))
+        mine = _my_part(objective.make_draws(latents, labels, slots, seed=seed, purpose="calibration", step=check))
         outputs = leave_one_out(parts, kept_blocks, mine.z_t, mine.t, mine.labels, chunk=chunk)
         if statistics is None:
             statistics = SweepStatistics(kept_blocks, groups, tuple(outputs.shape[2:]), outputs.device)
-        statistics.update(group, outputs, mine.target, loss_per_example)
+        statistics.update(group, outputs, mine.target, mine.t, objective.scoring_loss)
         get_logger().debug("scored calibration batch %d of %d", group + 1, groups)
     assert statistics is not None  # groups >= 2 is checked with the config
     groups_of_all_ranks = statistics.reduce()
@@ -119,11 +121,11 @@ class ProxyDraws:
     zico: list[Draws]
 
 
-def proxy_draws(prune: PruneConfig, seed: int, check: int, examples: Examples) -> ProxyDraws:
+def proxy_draws(objective: Objective, prune: PruneConfig, seed: int, check: int, examples: Examples) -> ProxyDraws:
     """Draw for both proxies; equal on all ranks."""
     ntk, zico = prune.ntk_samples * prune.ntk_repeats, prune.zico_batch_size * prune.zico_batches
     latents, labels = examples("proxies", ntk + zico)
-    draws = make_draws(latents, labels, range(ntk + zico), seed=seed, purpose="proxies", step=check)
+    draws = objective.make_draws(latents, labels, range(ntk + zico), seed=seed, purpose="proxies", step=check)
     first, rest = (
         Draws(*columns) for columns in zip(*(c.split([ntk, zico]) for c in vars(draws).values()), strict=True)
     )
@@ -138,8 +140,9 @@ def _my_part(draws: Draws) -> Draws:
 
 
 def measure_candidate(
-    parts: Parts, kept_blocks: tuple[int, ...], draws: ProxyDraws, prune: PruneConfig, seed: int, check: int
-) -> Candidate:
+    parts: Parts, kept_blocks: tuple[int, ...], draws: ProxyDraws, objective: Objective, prune: PruneConfig, seed: int,
+    check: int,
+) -> Candidate:  # fmt: skip
     """NTK condition number and ZiCo of the model that keeps these blocks. Collective."""
 
     def ntk_draw(repeat: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +155,7 @@ def measure_candidate(
         return draws.zico[batch].z_t, draws.zico[batch].t, draws.zico[batch].labels, draws.zico[batch].target
 
     ntk = ntk_score(parts, kept_blocks, ntk_draw, projection, prune.ntk_repeats)
-    zico = zico_score(parts, kept_blocks, zico_draw, loss_per_example, prune.zico_batches)
+    zico = zico_score(parts, kept_blocks, zico_draw, objective.scoring_loss, prune.zico_batches)
     return Candidate(
         depth=len(kept_blocks), kept_blocks=kept_blocks, ntk=ntk.median, zico_mean=zico.mean, zico_sum=zico.total
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from entprune_ds.config import Config, config_from_dict, digest
+from entprune_ds.config import Config, config_from_dict, digest, to_dict
 from entprune_ds.engine.checkpoint import Checkpoint, range_reader
 from entprune_ds.environment import commit
 from entprune_ds.interop.diffusers_export import write_diffusers
@@ -53,6 +53,7 @@ def checkpoint_source(checkpoint: Checkpoint, weights: str) -> Source:
     facts = _inherited(config) | {
         "weights": weights,
         "step": checkpoint.step,
+        "diffusion": to_dict(config)["diffusion"],
         "config_digest": digest(checkpoint.manifest["record"]["config"]),
         "commit": commit(),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig, to_dict, to_yaml
 from entprune_ds.data.stream import Stream, merge_states
-from entprune_ds.diffusion.objective import Draws, make_draws
+from entprune_ds.diffusion.objective import Draws, Objective, build_objective
 from entprune_ds.engine.build import Engine, build_engine, fresh_state, initialize_fresh
 from entprune_ds.engine.checkpoint import (
     find_checkpoint,
@@ -56,6 +56,11 @@ class Run:
     """Step of the newest checkpoint."""
     validated: tuple[int, int] = (-1, -1)
     """Step and depth of the newest validation."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the training minimises."""
+        return build_objective(self.config.model, self.config.diffusion)
 
     @property
     def folder(self) -> Path:
@@ -152,7 +157,10 @@ def validation_draws(config: Config) -> Draws | None:
         max_skipped=config.data.max_skipped, allow_pipe=config.data.allow_pipe,
     )  # fmt: skip
     batch = stream.next_batch()
-    return make_draws(batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="validation", step=0)
+    objective = build_objective(config.model, config.diffusion)
+    return objective.make_draws(
+        batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="validation", step=0
+    )
 
 
 def checkpoint(run: Run) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from entprune_ds import comm
-from entprune_ds.diffusion.samplers import SAMPLERS
+from entprune_ds.diffusion.sampling import build_sampler
 from entprune_ds.engine.view import ShardedView
-from entprune_ds.evaluation.generate import generate, make_labels
+from entprune_ds.evaluation.generate import NoiseAt, generate, make_labels
 from entprune_ds.evaluation.images import save_grid
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import ProgressLine, get_logger
@@ -49,7 +49,7 @@ def validate(run: Run) -> None:
         return
     run.validated = (run.step, run.engine.depth)
     values = {
-        f"train/validation_loss{suffix}": validation_loss(ShardedView(run.engine, key), run.validation)
+        f"train/validation_loss{suffix}": validation_loss(ShardedView(run.engine, key), run.validation, run.objective)
         for key, suffix in (("weight", ""), ("ema", "_ema"))
     }
     run.monitor.log(run.step, values | {"train/depth": run.engine.depth})
@@ -66,10 +66,11 @@ def sample_grid(run: Run, name: str) -> None:
         return
     count = -(-config.sample.grid // comm.world_size()) * comm.world_size()
     labels = make_labels("balanced", count, model.num_classes, config.sample.seed).to(comm.device())
-    view, sampler, diverged = ShardedView(run.engine, "ema"), SAMPLERS[config.sample.sampler], []
+    sampler = build_sampler(model, config.diffusion, config.sample, anyone=_on_any_rank)
+    view, diverged = ShardedView(run.engine, "ema"), []
 
-    def draw(noise: Tensor, y: Tensor) -> Tensor:  # (n,C,H,W), (n,) -> (n,C,H,W)
-        images = sampler(view, noise, y, config.sample.num_steps)
+    def draw(noise: Tensor, y: Tensor, noise_at: NoiseAt) -> Tensor:  # (n,C,H,W), (n,) -> (n,C,H,W)
+        images = sampler(view, noise, y, noise_at)
         diverged.append(not bool(torch.isfinite(images).all()))
         return torch.nan_to_num(images)
 
@@ -79,7 +80,7 @@ def sample_grid(run: Run, name: str) -> None:
         batch_size=config.sample.batch_size, slots=range(comm.rank(), count, comm.world_size()),
     )  # fmt: skip
     parts = comm.all_gather(torch.from_numpy(images).to(comm.device()))
-    if any(comm.all_gather_json(any(diverged))):
+    if _on_any_rank(any(diverged)):
         log.warning("step %d: samples contain NaN or infinite values, drawn as 0 in the grid", run.step)
     if comm.is_main():
         whole = torch.stack(parts, dim=1).flatten(0, 1)[: config.sample.grid].cpu().numpy()
@@ -90,3 +91,8 @@ def sample_grid(run: Run, name: str) -> None:
             log.warning("step %d: %s The training goes on.", run.step, problem)
             return
         run.monitor.image(run.step, f"samples/{name}", path)
+
+
+def _on_any_rank(here: bool) -> bool:
+    """Whether something holds on any rank. Collective."""
+    return any(comm.all_gather_json(here))

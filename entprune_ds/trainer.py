@@ -13,7 +13,6 @@ from entprune_ds.config import Config
 from entprune_ds.coordinator import Examples, run_check
 from entprune_ds.data.latents import Batch
 from entprune_ds.data.stream import Stream
-from entprune_ds.diffusion.objective import loss_per_example, make_draws
 from entprune_ds.engine.build import train_step
 from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import resize
@@ -77,12 +76,13 @@ def one_step(run: Run) -> Tensor:
     """One optimizer step; returns this rank's mean loss, not yet synchronised."""
     config, engine = run.config, run.engine
     batch = next_batch(run)
-    draws = make_draws(
+    draws = run.objective.make_draws(
         batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="train", step=run.step,
         label_dropout=config.train.label_dropout, null_label=config.model.num_classes,
     )  # fmt: skip
     engine.set_learning_rate(learning_rate(config.train, run.step))
-    loss, _ = train_step(engine, draws.split(engine.ds.train_micro_batch_size_per_gpu()), loss_per_example)
+    micro_batches = draws.split(engine.ds.train_micro_batch_size_per_gpu())
+    loss, _ = train_step(engine, micro_batches, run.objective.loss)
     engine.update_ema(config.train.ema_decay)
     run.step += 1
     comm.mark_progress()

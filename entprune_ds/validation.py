@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from entprune_ds import comm
-from entprune_ds.diffusion.objective import Draws, loss_per_example
+from entprune_ds.diffusion.objective import Draws, Objective
 
 BATCH = 256
 
 
-def validation_loss(model: Callable[[Tensor, Tensor, Tensor], Tensor], draws: Draws) -> float:
+def validation_loss(model: Callable[[Tensor, Tensor, Tensor], Tensor], draws: Draws, objective: Objective) -> float:
     """Mean loss over the draws, split across ranks; equal on all ranks. Collective: all ranks call.
 
     Args:
         model: (z_t, t, labels) -> prediction; may be collective.
         draws: the same on all ranks, at least as many as ranks.
+        objective: whose loss, and whose draws.
     """
     columns = (draws.z_t, draws.t, draws.labels, draws.target)
     mine = Draws(*(c.tensor_split(comm.world_size())[comm.rank()] for c in columns))
@@ -28,5 +29,5 @@ def validation_loss(model: Callable[[Tensor, Tensor, Tensor], Tensor], draws: Dr
     with torch.no_grad():
         for z_t, t, labels, target in parts:
             prediction = model(z_t, t, labels)
-            total += loss_per_example(prediction, target.to(prediction.device)).double().sum()
+            total += objective.loss(prediction, target.to(prediction.device), t).double().sum()
     return comm.all_reduce_sum(total).item() / len(draws.t)

@@ -271,7 +271,16 @@ prune.start_step=1000 prune.target_depth=4                 -> `prune.start_step`
 prune.start_step=-1 prune.target_depth=4                   -> `prune.start_step` < `prune.end_step`
 prune.num_checks=4 prune.end_step=3 prune.target_depth=4   -> as many steps
 prune.max_blocks_per_check=5 prune.target_depth=4          -> must reach 24 blocks, got 5 x 4
-sample.sampler=dopri5                                      -> euler, heun
+sample.sampler=rk4                                         -> euler, heun, dopri5, sde, got rk4
+sample.sampler=ddim                                        -> euler, heun, dopri5, sde, got ddim
+sample.num_steps=1 sample.sampler=sde                      -> at least 2 with `sample.sde_last_step`
+sample.sde_last_step_size=1                                -> below 1
+sample.ddim_eta=1.5                                        -> in [0, 1], got 1.5
+sample.cfg_interval=[0.5,0.5]                              -> 0 <= low < high <= 1
+sample.cfg_channels=5                                      -> in [1, 4]
+diffusion.path=cosine                                      -> linear, gvp, vp
+model.learn_sigma=false model.process=dit sample.sampler=ddim -> `model.learn_sigma` must be true
+sample.num_steps=1001 model.process=dit model.learn_sigma=true sample.sampler=ddim -> in [2, 1000]
 sample.labels=all                                          -> uniform, balanced
 sample.num_steps=0                                         -> above 0
 sample.num_samples=0                                       -> above 0

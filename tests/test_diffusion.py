@@ -9,13 +9,20 @@ import pytest
 import torch
 
 from entprune_ds.diffusion.guidance import with_guidance
-from entprune_ds.diffusion.interpolant import expand, linear_path
-from entprune_ds.diffusion.objective import loss_per_example, make_draws
+from entprune_ds.diffusion.interpolant import PATHS, expand
+from entprune_ds.diffusion.objective import FlowObjective
 from entprune_ds.diffusion.samplers import SAMPLERS, euler, heun
 from entprune_ds.rng import uniform_per_slot
 from tests.reference.toys import draws, random_dit
 
 SHAPE = (2, 3, 3)
+linear_path = PATHS["linear"].mix
+make_draws = FlowObjective().make_draws
+
+
+def loss_per_example(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Loss of the default objective, which does not look at t."""
+    return FlowObjective().loss(prediction, target, torch.zeros(len(target)))
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

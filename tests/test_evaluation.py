@@ -39,8 +39,8 @@ def extractor(digits):
 # ---------------------------------------------------------------- generate
 
 
-def _sample(noise, labels):
-    return torch.tanh(noise + labels[:, None, None, None])
+def _sample(noise, labels, noise_at):
+    return torch.tanh(noise + noise_at(0) - 0.5 * noise_at(1) + labels[:, None, None, None])
 
 
 def test_samples_do_not_depend_on_batch_size_or_ranks():
@@ -61,7 +61,7 @@ def test_samples_may_differ_in_shape_from_the_noise_and_carry_no_gradient():
     weight = torch.ones((), requires_grad=True)
     grown = []
 
-    def decode(noise, labels):
+    def decode(noise, labels, noise_at):
         images = (noise * weight).repeat(1, 3, 2, 2).tanh()
         grown.append(images.requires_grad)
         return images
@@ -74,9 +74,9 @@ def test_generate_refuses_bad_arguments_and_diverged_samples():
     labels = torch.zeros(4, dtype=torch.int64)
     good = dict(shape=(1, 2, 2), seed=0, batch_size=2)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        generate(lambda z, y: z * float("nan"), labels, **good)
+        generate(lambda z, y, noise_at: z * float("nan"), labels, **good)
     with pytest.raises(ValueError, match=r"must return \(2,C,H,W\)"):
-        generate(lambda z, y: z[:1], labels, **good)
+        generate(lambda z, y, noise_at: z[:1], labels, **good)
     with pytest.raises(ValueError, match="non-empty"):
         generate(_sample, labels[:0], **good)
     with pytest.raises(ValueError, match="int64"):

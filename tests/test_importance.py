@@ -45,7 +45,7 @@ def toy_scores(model: ToyModel, groups: int, draws_per_group: int, seed: int = 0
         sigma = torch.arange(1.0, 5.0, dtype=torch.float64).view(4, 1, 1)
         z_t = normal(draws_per_group, 4, 2, 2, seed=1000 * seed + group) * sigma
         outputs = leave_one_out(parts, kept, z_t, z_t[:, 0, 0, 0], torch.zeros(len(z_t), dtype=torch.int64))
-        statistics.update(group, outputs, outputs[0], mean_squared)
+        statistics.update(group, outputs, outputs[0], z_t[:, 0, 0, 0], mean_squared)
     return score_blocks(statistics.reduce(), kept)
 
 
@@ -109,7 +109,7 @@ def test_single_precision_scores_move_little_with_the_micro_batch():
         for group, part in enumerate((slice(32), slice(32, 64))):
             outputs = leave_one_out(ModuleParts(model), kept, z_t[part], t[part].float(), labels[part], chunk)
             assert outputs.dtype == torch.float32
-            statistics.update(group, outputs, target[part], mean_squared)
+            statistics.update(group, outputs, target[part], t[part], mean_squared)
         scores.append(score_blocks(statistics.reduce(), kept))
     for b in kept:
         allowed = 1e-6 * scores[0]["ced_abs"][b].value + 1e-6 * 16
@@ -123,7 +123,7 @@ def test_a_rank_without_draws_of_a_batch_adds_nothing():
     for chunk in (None, 5):
         outputs = leave_one_out(ModuleParts(model), kept, z_t, t, labels, chunk)
         assert outputs.shape == (3, 0, 1, 4, 4)
-        statistics.update(1, outputs, target, mean_squared)
+        statistics.update(1, outputs, target, t, mean_squared)
     with pytest.raises(ValueError, match=r"batches \[0, 1\] have no draws"):
         statistics.reduce()
 
@@ -136,9 +136,8 @@ def test_scores_and_standard_errors_equal_brute_force():
     statistics = SweepStatistics(kept, 4, (1, 4, 4), torch.device("cpu"))
     for number, group in enumerate(groups):
         for part in (group[:3], group[3:]):  # micro-batches
-            statistics.update(
-                number, leave_one_out(parts, kept, z_t[part], t[part], labels[part]), target[part], mean_squared
-            )
+            outputs = leave_one_out(parts, kept, z_t[part], t[part], labels[part])
+            statistics.update(number, outputs, target[part], t[part], mean_squared)
     scores = score_blocks(statistics.reduce(), kept)
     expected = brute_force_scores(brute_force_outputs(model, z_t, t, labels), target, groups)
     assert scores.keys() == expected.keys()
@@ -216,7 +215,7 @@ def test_an_output_that_is_not_finite_is_an_error_that_names_block_and_batch(bad
     statistics = SweepStatistics([10, 11, 12], 5, (1, 2, 2), torch.device("cpu"))
     outputs = normal(4, 6, 1, 2, 2)
     outputs[bad, 2, 0, 1, 1] = math.nan
-    statistics.update(4, outputs, outputs[0].nan_to_num(), mean_squared)
+    statistics.update(4, outputs, outputs[0].nan_to_num(), torch.zeros(6), mean_squared)
     with pytest.raises(RuntimeError, match=rf"{message}.*calibration batch 4"):
         statistics.reduce()
 
@@ -417,7 +416,7 @@ def test_scoring_leaves_the_model_its_gradients_its_hooks_and_the_global_rng_alo
     z_t, t, labels, target = draws(model, 4)
     statistics = SweepStatistics(kept, 2, (1, 4, 4), torch.device("cpu"))
     for group in range(2):
-        statistics.update(group, leave_one_out(parts, kept, z_t, t, labels), target, mean_squared)
+        statistics.update(group, leave_one_out(parts, kept, z_t, t, labels), target, t, mean_squared)
     removal_order("random", score_blocks(statistics.reduce(), kept), kept, target_depth=1)
     ntk_score(parts, kept, lambda r: (z_t, t, labels), projection, 1)
     zico_score(parts, kept, lambda b: draws(model, 4, step=b), mean_squared, 2)

@@ -99,6 +99,40 @@ def test_a_run_prunes_exports_and_resumes_exactly(digits, tmp_path):
         assert (cut / "metrics.superseded.jsonl").is_file()
 
 
+OTHER_PROCESSES = {
+    "dit": ["model.process=dit", "model.learn_sigma=true", "sample.sampler=ddim"],
+    "vp": [
+        "diffusion.path=vp",
+        "diffusion.prediction=noise",
+        "diffusion.loss_weight=velocity",
+        "sample.sampler=dopri5",
+    ],
+}
+
+
+def test_diffusion_and_other_flows_train_score_prune_and_sample(digits, tmp_path, capsys):
+    from entprune_ds.cli.sample import main as sample
+
+    runs = [words(digits, tmp_path, n, "train.num_steps=9", *more) for n, more in OTHER_PROCESSES.items()]
+    run_ranks("tests.workers.training:train", 2, runs=runs)  # dopri5: each rank's images need their own steps
+    for name in OTHER_PROCESSES:
+        run = tmp_path / name
+        seen = losses(run)
+        assert len(seen) == 9 and all(0 < loss < 1e3 for loss in seen.values())
+        [_, last] = [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()]
+        assert len(last["kept_blocks"]) == 2 and all(v["value"] != 0 for v in last["scores"]["loss"].values())
+        assert (run / "samples" / "step_00000009_final.png").is_file()
+        model, facts = load_model(run / "model")
+        assert len(model.blocks) == 2 and facts["model"]["process"] == ("dit" if name == "dit" else "sit")
+        out = tmp_path / f"{name}.npz"
+        assert sample([f"run={run}", f"out={out}", "sample.num_samples=10", "sample.cfg_scale=2"]) == 0
+        protocol = json.loads((tmp_path / f"{name}_protocol.json").read_text())
+        assert protocol["sampler"] == ("ddim" if name == "dit" else "dopri5") and protocol["cfg_interval"] == [0, 1]
+    for name, expected in (("dit", "must be one of ddpm, ddim, got euler"), ("vp", "trained with vp. Set that value")):
+        assert sample([f"weights={tmp_path / name / 'model'}", f"out={tmp_path / 'x.npz'}"]) == 2
+        assert expected in capsys.readouterr().err
+
+
 def cut_after(whole: Path, cut: Path, step: int) -> Path:
     """A copy of a run folder without what was written after a checkpoint, as if the job had been killed there."""
     later = {f"step_{s:08d}" for s in range(step + 1, 13)}
@@ -153,7 +187,7 @@ def brute_force(export: str, digits: str) -> dict[str, dict[str, float]]:
     """Leave-one-out by L + 1 whole forward passes in float64, in this one process."""
     from dataclasses import replace
 
-    from entprune_ds.diffusion.objective import make_draws
+    from entprune_ds.diffusion.objective import FlowObjective
     from entprune_ds.models.dit import DiT
     from entprune_ds.trainer import examples_of
     from tests.tiny import tiny_config
@@ -164,7 +198,7 @@ def brute_force(export: str, digits: str) -> dict[str, dict[str, float]]:
     examples, outputs = examples_of(config, 0), {}
     batches = [examples("calibration", 32) for _ in range(3)]
     latents, labels = (torch.cat(c) for c in zip(*batches, strict=True))
-    draws = make_draws(latents, labels, range(96), seed=3, purpose="calibration", step=0)
+    draws = FlowObjective().make_draws(latents, labels, range(96), seed=3, purpose="calibration", step=0)
     for dropped in [None, *facts["kept_blocks"]]:
         kept = tuple(b for b in facts["kept_blocks"] if b != dropped)
         architecture = {k: v for k, v in facts["model"].items() if k != "kept_blocks"}

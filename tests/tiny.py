@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from entprune_ds.config import Config, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from entprune_ds.diffusion.objective import Draws, make_draws
+from entprune_ds.diffusion.objective import Draws, build_objective
 from entprune_ds.rng import generator_for
 
 MODEL = ModelConfig(depth=4, hidden_size=32, num_heads=2, patch_size=2, input_size=4, in_channels=1, num_classes=3)
@@ -31,4 +31,5 @@ def tiny_draws(config: Config, step: int, rank: int, world_size: int) -> Draws:
     shape = (m.in_channels, m.input_size, m.input_size)
     latents = torch.stack([torch.randn(shape, generator=generator_for(7, "latents", step, s)) for s in slots])
     labels = torch.tensor([(step + s) % m.num_classes for s in slots])
-    return make_draws(latents, labels, slots, seed=config.run.seed, purpose="train", step=step)
+    objective = build_objective(m, config.diffusion)
+    return objective.make_draws(latents, labels, slots, seed=config.run.seed, purpose="train", step=step)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help, with_run
-from entprune_ds.cli.sample import draw, protocol_path
+from entprune_ds.cli.sample import draw, protocol_path, sampling_problems
 from entprune_ds.config import Config, ConfigError, load_config, problems_of
 
 HELP = """\
@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _problems(config: Config) -> list[str]:
-    from entprune_ds.interop.weights import describe_any
     from entprune_ds.preflight import validation_spec
 
-    found, evaluate = problems_of(config), config.evaluate
+    found, evaluate = [], config.evaluate
     if not config.model.weights:
+        found += problems_of(config)
         found.append("`model.weights` is missing: give an exported model, weights=DIR or run=RUNS/NAME.")
     if not config.data.shards:
         found.append("`data.shards` is missing: it is the reference, e.g. data.shards=data_digits/train.")
@@ -64,10 +64,7 @@ def _problems(config: Config) -> list[str]:
         found.append("`data.val_shards` is missing, and there is no folder `val` beside `data.shards`.")
     for key, folder in (("model.weights", config.model.weights), ("evaluate.baseline", evaluate.baseline)):
         if folder:
-            try:
-                describe_any(Path(folder), config.model)
-            except ValueError as error:
-                found.append(f"`{key}`: {error}")
+            found += [p for p in sampling_problems(config, Path(folder), key) if p not in found]
     for key in ("samples", "baseline_samples"):
         path = Path(getattr(evaluate, key))
         if getattr(evaluate, key) and not (path.is_file() and protocol_path(path).is_file()):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help, with_run
-from entprune_ds.config import Config, ConfigError, load_config, problems_of
+from entprune_ds.config import Config, ConfigError, PruneConfig, load_config, problems_of
 
 HELP = """\
 Draw samples of an exported model: a folder of PNG files (or one .npz, arr_0 uint8 NHWC and arr_1 labels), a grid
@@ -43,9 +45,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _problems(config: Config) -> list[str]:
-    found = problems_of(config)
     if not config.model.weights:
-        found.append("`model.weights` is missing: give an exported model, weights=DIR or run=RUNS/NAME.")
+        missing = "`model.weights` is missing: give an exported model, weights=DIR or run=RUNS/NAME."
+        return [*problems_of(config), missing]
+    return sampling_problems(config, Path(config.model.weights))
+
+
+def sampling_problems(config: Config, weights: Path, key: str = "model.weights") -> list[str]:
+    """Problems of sampling an export, which the setting `key` names: its architecture counts, not the settings'."""
+    from entprune_ds.interop.weights import describe_any
+
+    try:
+        model, facts = describe_any(weights, config.model)
+    except ValueError as error:
+        return [*problems_of(config), f"`{key}`: {error}"]
+    found = problems_of(replace(config, model=model, prune=PruneConfig()))
+    for name, trained in facts.get("diffusion", {}).items():
+        got = getattr(config.diffusion, name, None)
+        if model.process == "sit" and name != "loss_weight" and got != trained:
+            found.append(f"`diffusion.{name}` is {got}, but {weights} was trained with {trained}. Set that value.")
     return found
 
 
@@ -56,40 +74,42 @@ def draw(config: Config, weights: Path) -> tuple[np.ndarray, np.ndarray, dict[st
         images uint8 (N,H,W,C), labels i64 (N,), and the protocol as plain values.
 
     Raises:
-        ValueError: when the export cannot be read.
+        ValueError: when the export cannot be read, or the settings of the sampler do not fit it.
     """
     import torch
 
     from entprune_ds import comm
-    from entprune_ds.diffusion.guidance import with_guidance
-    from entprune_ds.diffusion.samplers import SAMPLERS
+    from entprune_ds.diffusion.sampling import build_sampler, sampling_protocol
     from entprune_ds.evaluation.generate import generate, make_labels
     from entprune_ds.interop.vae import load_vae
-    from entprune_ds.interop.weights import load_any
+    from entprune_ds.interop.weights import describe_any, load_any
     from entprune_ds.logs import progress
 
     sample = config.sample
+    wrong = sampling_problems(config, weights)
+    if wrong:
+        raise ConfigError(wrong)
+    architecture, _ = describe_any(weights, config.model)
     model, facts = load_any(weights, config.model)
     vae = load_vae(sample.vae, sample.vae_revision, comm.device()) if sample.vae else None
-    architecture = facts["model"]
     model.to(comm.device())
-    velocity = with_guidance(model, sample.cfg_scale, architecture["num_classes"])
-    labels = make_labels(sample.labels, sample.num_samples, architecture["num_classes"], sample.seed)
-    side = architecture["input_size"]
+    sampler = build_sampler(architecture, config.diffusion, sample)
+    labels = make_labels(sample.labels, sample.num_samples, architecture.num_classes, sample.seed)
+    side = architecture.input_size
 
-    def sample_fn(noise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        drawn = SAMPLERS[sample.sampler](velocity, noise, y, sample.num_steps)
+    def sample_fn(noise: torch.Tensor, y: torch.Tensor, noise_at: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        drawn = sampler(model, noise, y, noise_at)
         return vae.decode(drawn) if vae else drawn  # latents (N,C,h,w) -> pixels (N,3,H,W)
 
     with progress("sample", total=sample.num_samples) as line:
         images = generate(
             sample_fn, labels.to(comm.device()),
-            shape=(architecture["in_channels"], side, side), seed=sample.seed, batch_size=sample.batch_size,
+            shape=(architecture.in_channels, side, side), seed=sample.seed, batch_size=sample.batch_size,
             on_batch=line.update,
         )  # fmt: skip
     protocol = {
-        "num_samples": sample.num_samples, "sampler": sample.sampler, "num_steps": sample.num_steps,
-        "cfg_scale": sample.cfg_scale, "labels": sample.labels, "seed": sample.seed, "weights": facts["weights"],
+        "num_samples": sample.num_samples, **sampling_protocol(architecture, config.diffusion, sample),
+        "labels": sample.labels, "seed": sample.seed, "weights": facts["weights"],
         "tf32": bool(torch.backends.cuda.matmul.allow_tf32), "depth": len(facts["kept_blocks"]),
         "kept_blocks": facts["kept_blocks"], "step": facts["step"], "model": str(weights),
         **(vae.protocol if vae else {"vae": "none (pixels)"}),

@@ -146,7 +146,7 @@ def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tenso
 
     Args:
         micro_batches: diffusion.objective.Draws, as many as accumulation steps.
-        loss_fn: (prediction, target) -> (N,).
+        loss_fn: (prediction, target, t) -> (N,), the loss of a diffusion.objective.Objective.
 
     Returns:
         Mean loss of this rank (a tensor, not synchronised) and the seconds taken.
@@ -155,7 +155,7 @@ def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tenso
     total = torch.zeros((), device=comm.device())
     for draws in micro_batches:
         draws = draws.to(comm.device(), engine.dtype)
-        loss = loss_fn(engine.ds(draws.z_t, draws.t, draws.labels), draws.target).mean()
+        loss = loss_fn(engine.ds(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean()
         engine.ds.backward(loss)
         engine.ds.step()
         total += loss.detach() / len(micro_batches)

@@ -14,7 +14,10 @@ from torch import Tensor
 from entprune_ds import rng
 from entprune_ds.evaluation.images import to_uint8
 
-SampleFn = Callable[[Tensor, Tensor], Tensor]
+NoiseAt = Callable[[int], Tensor]
+"""noise_at(step) -> fresh standard normal noise (n,C,H,W) f32 for a step of a stochastic sampler."""
+
+SampleFn = Callable[[Tensor, Tensor, NoiseAt], Tensor]
 
 
 def make_labels(kind: str, num_samples: int, num_classes: int, seed: int) -> Tensor:
@@ -52,7 +55,7 @@ def generate(
     `sample_fn` treats examples independently; matrix kernels may round differently at another batch size.
 
     Args:
-        sample_fn: maps (noise (n,C,H,W) f32, labels (n,) i64) to images (n,C',H',W') in [-1, 1];
+        sample_fn: maps (noise (n,C,H,W) f32, labels (n,) i64, noise_at) to images (n,C',H',W') in [-1, 1];
             a model of latents decodes in here.
         labels: (N,) i64; noise is put on the same device.
         shape: (C, H, W) of the noise.
@@ -80,11 +83,17 @@ def generate(
     with torch.no_grad():  # not inference_mode: weights that ZeRO gathers in here serve training again afterwards
         for start in range(0, len(labels), batch_size):
             part = labels[start : start + batch_size]  # (n,)
-            noise = rng.normal_per_slot(seed, "sample", 0, list(slots[start : start + batch_size]), shape)  # (n,C,H,W)
-            images = sample_fn(noise.to(part.device), part)
+            mine = list(slots[start : start + batch_size])
+            noise = rng.normal_per_slot(seed, "sample", 0, mine, shape).to(part.device)  # (n,C,H,W)
+            images = sample_fn(noise, part, _noise_at(seed, mine, shape, part.device))
             if images.ndim != 4 or len(images) != len(part):
                 raise ValueError(f"sample_fn must return ({len(part)},C,H,W) images, got {tuple(images.shape)}.")
             batches.append(to_uint8(images))  # [-1, 1] -> uint8 NHWC
             if on_batch is not None:
                 on_batch(start + len(part))
     return np.concatenate(batches)
+
+
+def _noise_at(seed: int, slots: list[int], shape: tuple[int, int, int], device: torch.device) -> NoiseAt:
+    """Noise of every sampler step for some images, each from its own stream."""
+    return lambda step: rng.normal_per_slot(seed, "sample/step", step, slots, shape).to(device)

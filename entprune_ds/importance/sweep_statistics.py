@@ -12,8 +12,8 @@ from entprune_ds import comm
 from entprune_ds.importance import moments
 from entprune_ds.importance.moments import Moments
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
-"""loss_fn(prediction (N,C,H,W), target (N,C,H,W)) -> loss per example (N,)."""
+LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""loss_fn(prediction (N,C,H,W), target, t (N,)) -> loss per example (N,); target is the objective's, batch first."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SweepStatistics:
         self.problem: str | None = None
         """First output that was not finite; raised by `reduce`, on all ranks together."""
 
-    def update(self, group: int, outputs: Tensor, target: Tensor, loss_fn: LossFn) -> None:
+    def update(self, group: int, outputs: Tensor, target: Tensor, t: Tensor, loss_fn: LossFn) -> None:
         """Add draws to a group. Not collective.
 
         Outputs that are not finite are remembered as `problem` instead of raised, because the other ranks
@@ -70,7 +70,7 @@ class SweepStatistics:
         Args:
             group: index of the group (calibration batch).
             outputs: (1+L,N,C,H,W) of `sweep.leave_one_out`; N = 0 adds nothing.
-            target: (N,C,H,W) of the objective.
+            target, t: (N,...) and (N,) of the objective.
             loss_fn: called in float64, one variant at a time.
         """
         if self.problem is not None or outputs.shape[1] == 0:
@@ -81,7 +81,7 @@ class SweepStatistics:
             prediction = output.double()
             of_variants.append(moments.moments_of(prediction))
             deviations.append((prediction - full).square().sum())
-            losses.append(loss_fn(prediction, target).double().sum())
+            losses.append(loss_fn(prediction, target, t).double().sum())
         mean, m2 = torch.stack([m.mean for m in of_variants]), torch.stack([m.m2 for m in of_variants])
         new = GroupStatistics(Moments(outputs.shape[1], mean, m2), torch.stack(deviations), torch.stack(losses))
         finite = torch.isfinite(m2).flatten(1).all(1) & torch.isfinite(new.loss)

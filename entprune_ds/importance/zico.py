@@ -16,10 +16,11 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.importance.parts import Parts
+from entprune_ds.importance.sweep_statistics import LossFn
 from entprune_ds.importance.walk import LinearRecord, backward_walk
 
 Draw = tuple[Tensor, Tensor, Tensor, Tensor]
-"""z_t (N,C,H,W), t (N,), labels (N,) i64, target (N,C,H,W)."""
+"""z_t (N,C,H,W), t (N,), labels (N,) i64, target (N,...) of the objective."""
 
 ZERO_SPREAD = 1e-12
 """Relative spread over the batches that counts as none: rounding of float64, not noise of the data."""
@@ -41,7 +42,7 @@ def zico_score(
     parts: Parts,
     kept_blocks: Sequence[int],
     draw: Callable[[int], Draw],
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: LossFn,
     num_batches: int,
     batches_per_walk: int | None = None,
 ) -> ZiCoScore:
@@ -54,7 +55,7 @@ def zico_score(
         parts: the model.
         kept_blocks: original indices of the candidate's blocks, sorted.
         draw: batch -> Draw, of the same size for every batch and the same for every candidate.
-        loss_fn: (prediction, target) -> loss per example (N,); called in float64.
+        loss_fn: (prediction, target, t) -> loss per example (N,); called in float64.
         num_batches: B, at least 2.
         batches_per_walk: bounds memory: most batches of this rank that go through a block together; None means all.
             Every further walk asks for the blocks once more.
@@ -85,14 +86,14 @@ def zico_score(
     return ZiCoScore(None if total is None else total / len(logs), total, skipped)
 
 
-def _walk(parts: Parts, kept_blocks: Sequence[int], draws: list[Draw], loss_fn: Callable[[Tensor, Tensor], Tensor]):
+def _walk(parts: Parts, kept_blocks: Sequence[int], draws: list[Draw], loss_fn: LossFn):
     """Backward walk of several batches at once; yields {layer name: LinearRecord} per block."""
     z_t, t, labels, target = (torch.cat(tensors) for tensors in zip(*draws, strict=True))
 
     def output_gradient(prediction: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = prediction.double().requires_grad_()
-            losses = loss_fn(leaf, target.to(leaf))
+            losses = loss_fn(leaf, target.to(leaf), t)
             size = len(prediction) // len(draws)
             return torch.autograd.grad(losses.sum() / size, leaf)[0].to(prediction)  # mean loss of each batch
 

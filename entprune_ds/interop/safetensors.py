@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from entprune_ds.config import ConfigError, ModelConfig, config_from_dict
-from entprune_ds.config_checks import model_problems
+from entprune_ds.config import ConfigError, ModelConfig, config_from_dict, model_problems
 from entprune_ds.interop.source import Source, description, loaded_model
 from entprune_ds.interop.tensors import Reader, key_report, open_tensors, parameter_shapes, write_tensors
 from entprune_ds.models.dit import DiT

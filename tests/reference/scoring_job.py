@@ -30,7 +30,7 @@ def sweep_statistics(parts: CountingParts, kept: list[int], spoil_rank: int = -1
         outputs = leave_one_out(parts, kept, z_t, t, labels, chunk=7)
         if group == 2 and comm.rank() == spoil_rank:
             outputs[3, 0] = torch.inf
-        statistics.update(group, outputs, target, mean_squared)
+        statistics.update(group, outputs, target, t, mean_squared)
     return statistics
 
 

@@ -32,8 +32,8 @@ def draws(model: DiT, count: int, seed: int = 0, step: int = 0) -> tuple[Tensor,
     return z_t, t, torch.randint(0, 3, (count,), generator=generator), target
 
 
-def mean_squared(prediction: Tensor, target: Tensor) -> Tensor:
-    """Loss per example (N,)."""
+def mean_squared(prediction: Tensor, target: Tensor, t: Tensor | None = None) -> Tensor:
+    """Loss per example (N,); a velocity loss does not look at t."""
     return (prediction - target).square().flatten(1).mean(1)
 
 
@@ -50,6 +50,8 @@ class Apply(nn.Module):
 
 class ToyModel(nn.Module):
     """Pixels are tokens, channels the width; embed and head only reshape: the output is what the blocks make of z_t."""
+
+    in_channels = None  # all of them
 
     def __init__(self, *functions: Callable[[Tensor], Tensor], first_index: int = 0):
         super().__init__()

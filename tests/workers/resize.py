@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from entprune_ds import comm
 from entprune_ds.config import Config
-from entprune_ds.diffusion.objective import loss_per_example
+from entprune_ds.diffusion.objective import FlowObjective
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh, train_step
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.state import create_adam_state, push_weights
@@ -25,7 +25,7 @@ def train_steps(engine: Engine, config: Config, first: int, count: int) -> list[
     losses = []
     for step in range(first, first + count):
         draws = tiny_draws(config, step, comm.rank(), comm.world_size())
-        loss, _ = train_step(engine, [draws], loss_per_example)
+        loss, _ = train_step(engine, [draws], FlowObjective().loss)
         engine.update_ema(config.train.ema_decay)
         losses.append(loss.item().hex())
     return losses

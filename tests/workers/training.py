@@ -23,6 +23,7 @@ def scores(export: str, shards: str, zero_stage: int, out: str) -> dict:
 
     from entprune_ds.config import PruneConfig
     from entprune_ds.coordinator import measure_candidate, proxy_draws, sweep_scores
+    from entprune_ds.diffusion.objective import build_objective
     from entprune_ds.engine.build import build_engine
     from entprune_ds.engine.view import ShardedView
     from entprune_ds.importance.scores import scores_as_json
@@ -41,8 +42,9 @@ def scores(export: str, shards: str, zero_stage: int, out: str) -> dict:
     config = replace(config, prune=prune, run=replace(config.run, seed=3))
     found = scores_as_json(sweep_scores(view, model.blocks, config, 0, examples_of(config, 0)))
     gathers = view.gathers
-    draws = proxy_draws(prune, 3, 0, examples_of(config, 0))
-    candidate = measure_candidate(view, model.blocks[1:], draws, prune, 3, 0)
+    objective = build_objective(model, config.diffusion)
+    draws = proxy_draws(objective, prune, 3, 0, examples_of(config, 0))
+    candidate = measure_candidate(view, model.blocks[1:], draws, objective, prune, 3, 0)
     result = {"scores": found, "gathers": gathers, "ntk": candidate.ntk, "zico": candidate.zico_mean}
     Path(f"{out}/scores_{comm.rank()}.json").write_text(json.dumps(result))
     return result
