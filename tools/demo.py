@@ -48,10 +48,10 @@ def phases(num_ranks: int, extra: list[str]) -> list[tuple[str, int, list[str], 
     ]  # fmt: skip
     return [
         ("shards", 15, [entprune, "shards", "preset=digits", f"out={DATA}"], Path(DATA, "val", "index.json")),
-        ("base model", 320, [*launch, "preset=digits", *base], Path(BASE, "model", "config.json")),
-        ("prune 8 -> 4", 150, [*launch, "preset=digits_prune", *pruned], Path(RUN, "model", "config.json")),
-        ("samples, base", 20, [entprune, "sample", f"run={BASE}", f"out={base_samples}"], base_samples),
-        ("samples, pruned", 15, [entprune, "sample", f"run={RUN}"], Path(RUN, "samples", "final.npz")),
+        ("base model", 290, [*launch, "preset=digits", *base], Path(BASE, "model", "config.json")),
+        ("prune 8 -> 4", 190, [*launch, "preset=digits_prune", *pruned], Path(RUN, "model", "config.json")),
+        ("samples, base", 30, [entprune, "sample", f"run={BASE}", f"out={base_samples}"], base_samples),
+        ("samples, pruned", 20, [entprune, "sample", f"run={RUN}"], Path(RUN, "samples", "final.npz")),
         ("evaluate", 40, evaluate, Path(RUN, "evaluation.json")),
         ("report", 10, [entprune, "report", RUN], Path(RUN, "report.html")),
     ]  # fmt: skip
