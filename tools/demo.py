@@ -87,6 +87,9 @@ def main() -> int:
         start = time.monotonic()
         try:
             status = run(command)
+        except KeyboardInterrupt:
+            print(f"interrupted in phase `{name}`; the same command goes on from here.", file=sys.stderr)
+            return 130
         finally:  # an interrupted phase goes on later: its times add up
             times[name] = times.get(name, 0.0) + time.monotonic() - start
             times_file.write_text(json.dumps(times))
