@@ -24,6 +24,7 @@ setup(
         "safetensors>=0.4",
         "torchdiffeq>=0.2.4",
         "numpy>=1.26",
+        "psutil>=5.9",
         "rich>=13",
         "matplotlib>=3.8",
         "pyyaml",

@@ -188,10 +188,11 @@ def _pruning_problems(config: Config) -> list[str]:
     if prune.target_depth is None or found:
         return found
     if not 1 <= prune.target_depth < depth:
-        remedy = "Lower it." if prune.target_depth >= depth else "Raise it to at least 1."
-        found.append(
-            f"`prune.target_depth` must be below the {depth} blocks of the model, got {prune.target_depth}. {remedy}"
-        )
+        if prune.target_depth < 1:
+            found.append(f"`prune.target_depth` must be at least 1, got {prune.target_depth}. Raise it.")
+            return found
+        message = f"`prune.target_depth` must be below the {depth} blocks of the model, got {prune.target_depth}. "
+        found.append(message + "Lower it.")
         return found
     if prune.calibration_draws % prune.calibration_batch or prune.calibration_draws < 2 * prune.calibration_batch:
         message = "`prune.calibration_batch` must divide `prune.calibration_draws` into at least 2 groups "

@@ -28,6 +28,8 @@ from entprune_ds.rng import generator_for
 Examples = Callable[[str, int], tuple[Tensor, Tensor]]
 """examples(purpose, count) -> the next latents (count,C,H,W) and labels (count,) of a purpose, equal on all ranks."""
 
+PROGRESS_SECONDS = 10.0
+"""A sweep that takes longer says how far it is."""
 WIDEST_ACTIVATION = {"cpu": 2**23, "cuda": 2**30}
 """Bytes of the widest activation (MLP) in one block evaluation of the sweep: bounds its memory, fits CPU caches."""
 
@@ -89,6 +91,7 @@ def sweep_scores(parts: Parts, kept_blocks: tuple[int, ...], config: Config, che
     objective = build_objective(config.model, config.diffusion)
     groups = prune.calibration_draws // prune.calibration_batch
     statistics: SweepStatistics | None = None
+    start = shown = time.perf_counter()
     for group in range(groups):
         latents, labels = examples("calibration", prune.calibration_batch)
         slots = range(group * prune.calibration_batch, (group + 1) * prune.calibration_batch)
@@ -97,13 +100,16 @@ def sweep_scores(parts: Parts, kept_blocks: tuple[int, ...], config: Config, che
         if statistics is None:
             statistics = SweepStatistics(kept_blocks, groups, tuple(outputs.shape[2:]), outputs.device)
         statistics.update(group, outputs, mine.target, mine.t, objective.scoring_loss)
-        get_logger().debug("scored calibration batch %d of %d", group + 1, groups)
+        if time.perf_counter() - shown >= PROGRESS_SECONDS:
+            shown = time.perf_counter()
+            left = (shown - start) / (group + 1) * (groups - group - 1)
+            get_logger().info("scored calibration batch %d of %d, %.0f s left", group + 1, groups, left)
     assert statistics is not None  # groups >= 2 is checked with the config
     groups_of_all_ranks = statistics.reduce()
     try:
         return score_blocks(groups_of_all_ranks, kept_blocks, entropy_needed=CRITERIA[prune.criterion].needs_entropy)
     except ValueError as problem:  # the same on all ranks: the statistics are
-        raise comm.DistributedError(f"check {check + 1}: {problem}") from problem
+        raise comm.DistributedError(f"check {check}: {problem}") from problem
 
 
 def stack_chunk(model: ModelConfig, dtype: torch.dtype) -> int:
@@ -174,11 +180,14 @@ def _decide(
         check=check, step=step, criterion=prune.criterion, kept_before=kept_blocks, dropped=dropped,
         kept_blocks=chosen.kept_blocks, order=tuple(order), scores=scores_as_json(scores),  # type: ignore[arg-type]
         candidates=outcome.as_json(), chosen_depth=chosen.depth, forced=forced,
-        reason=_reason(len(kept_blocks), chosen.depth, candidates, prune, check), score_only=prune.score_only,
+        reason=_reason(len(kept_blocks), chosen.depth, candidates, outcome.tied_depths, prune, check),
+        score_only=prune.score_only,
     )  # fmt: skip
 
 
-def _reason(depth: int, chosen: int, candidates: list[Candidate], prune: PruneConfig, check: int) -> str:
+def _reason(
+    depth: int, chosen: int, candidates: list[Candidate], equal: list[int], prune: PruneConfig, check: int
+) -> str:
     if len(candidates) == 1:
         last = check == prune.num_checks - 1
         why = "the last check reaches the target" if last else "only this depth leaves the target within reach"
@@ -186,4 +195,5 @@ def _reason(depth: int, chosen: int, candidates: list[Candidate], prune: PruneCo
     at_least = depth - candidates[0].depth
     floor = f"; at least {at_least} had to go" if at_least else ""
     depths = [c.depth for c in candidates]
-    return f"{depth} -> {chosen}: lowest weighted sum of the NTK and ZiCo ranks among depths {depths}{floor}."
+    tied = f"; depths {equal} tie and the deepest wins" if len(equal) > 1 else ""
+    return f"{depth} -> {chosen}: lowest weighted sum of the NTK and ZiCo ranks among depths {depths}{tied}{floor}."

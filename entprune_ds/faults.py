@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from entprune_ds import comm
+from entprune_ds.launcher import first_gone, launchers
 from entprune_ds.logs import get_logger
 
 
@@ -94,24 +95,27 @@ def check_space(folder: Path, needed_bytes: int) -> str | None:
 
 @contextmanager
 def watched(seconds: float, folder: Path) -> Iterator[None]:
-    """End this process when it makes no progress for `seconds`: a hanging peer must not hold the job for ever.
+    """End this process when it makes no progress for `seconds`, or when its launcher is gone.
 
-    The process groups that DeepSpeed makes have time-outs of their own (30 minutes), which nothing can set.
-    The stacks of all threads are dumped first. A single rank has nobody to wait for and is not watched.
+    A hanging peer must not hold the job for ever: the process groups that DeepSpeed makes have time-outs of their own
+    (30 minutes), which nothing can set. The stacks of all threads are dumped first. A single rank waits for nobody.
     """
-    done = threading.Event()
+    done, above, alone = threading.Event(), launchers(), comm.world_size() == 1
 
     def watch() -> None:
         while not done.wait(min(1.0, seconds / 4)):
-            if comm.seconds_without_progress() > seconds:
+            gone = first_gone(above)
+            if gone is not None:
+                _say(f"rank {comm.rank()} stops: its launcher (process {gone.pid}) is gone. {_remedy(folder)}")
+                _leave(75)
+            if not alone and comm.seconds_without_progress() > seconds:
                 faulthandler.dump_traceback(all_threads=True)
                 text = f"rank {comm.rank()} made no progress for {seconds:.0f} s (run.timeout_seconds): it has lost "
                 _say(text + f"contact with another rank, or hangs itself (stacks above). {_remedy(folder)}")
                 _leave(75)
 
     comm.mark_progress()
-    if comm.world_size() > 1:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:

@@ -93,6 +93,10 @@ def open_run(config: Config, arguments: list[str]) -> Run:
         decisions = [PruneDecision.from_json(d) for d in record["decisions"]]
         metrics_bytes = record.get("metrics_bytes")
         log.info("resumed from %s: step %d, depth %d", found.folder, step, engine.depth)
+        before = record["config"]["model"]["weights"]
+        if config.model.weights != before:
+            text = "model.weights=%s is not read: this run was started from %s and goes on. For other weights, choose "
+            log.warning(text + "another run.name.", config.model.weights, before or "random weights")
     elif config.model.weights:
         load_weights(engine, Path(config.model.weights), config.model)
         log.info("started from %s at depth %d", config.model.weights, engine.depth)
@@ -119,12 +123,21 @@ def open_folder(
             for unfinished in (folder / "checkpoints").glob(".writing_*"):
                 shutil.rmtree(unfinished)
             rewind_metrics(folder, step, metrics_bytes)
+            rewind_samples(folder / "samples", step)
             write_decisions(folder / "decisions.jsonl", decisions)
             monitor = open_monitor(config, folder, enabled=True)
         except OSError as problem:
             error = f"run folder {folder} cannot be written: {problem}. Free space or choose another `run.root`."
     comm.raise_together(error)
     return monitor
+
+
+def rewind_samples(folder: Path, step: int) -> None:
+    """Move pictures of later steps to `superseded`: the report must not show what a resume has left behind."""
+    for picture in folder.glob("step_*.png"):
+        if int(picture.name.split("_")[1]) > step:
+            (folder / "superseded").mkdir(exist_ok=True)
+            picture.replace(folder / "superseded" / picture.name)
 
 
 def load_weights(engine: Engine, path: Path, model: ModelConfig) -> None:

@@ -56,6 +56,8 @@ def train(config: Config, arguments: list[str]) -> None:
 def loop(run: Run) -> None:
     """Optimizer steps, with a pruning check before each step of `run.checks`."""
     config = run.config
+    if run.step >= config.train.num_steps:
+        log.info("all %d steps are done already; only the closing figures are made again", run.step)
     with progress("train", total=config.train.num_steps, done=run.step) as line:
         run.started = time.monotonic()
         while run.step < config.train.num_steps:
@@ -101,7 +103,9 @@ def prune_check(run: Run) -> None:
     """Score, vote, decide; then resize every rank's shard in place, and go on."""
     config, engine, check = run.config, run.engine, run.checks.index(run.step)
     checkpoint(run)
-    log.info("check %d of %d at step %d: scoring %d blocks", check + 1, len(run.checks), run.step, engine.depth)
+    log.info(
+        "check %d (%d in all, from 0) at step %d: scoring %d blocks", check, len(run.checks), run.step, engine.depth
+    )
     parts = ShardedView(engine, "weight", getattr(torch, config.prune.score_dtype))
     decision, times = run_check(
         parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check)
@@ -109,7 +113,7 @@ def prune_check(run: Run) -> None:
     del parts
     record_decision(run, decision)
     run.monitor.log(run.step, {"prune/score_seconds": times.sweep, "prune/vote_seconds": times.vote})
-    log.info("check %d: %s Blocks removed: %s", check + 1, decision.reason, list(decision.dropped) or "none")
+    log.info("check %d: %s Blocks removed: %s", check, decision.reason, list(decision.dropped) or "none")
     if decision.score_only or not decision.dropped:
         return
     validate(run)
@@ -144,11 +148,11 @@ def examples_of(config: Config, check: int) -> Examples:
 
 
 def conclude(run: Run) -> None:
-    """Last validation, samples and checkpoint. Collective."""
+    """Last checkpoint, validation and samples. Collective."""
+    checkpoint(run)  # first: whatever happens to the rest, the training is done
     run.stream.close()
     validate(run)
     sample_grid(run, "final")
-    checkpoint(run)
 
 
 def hand_over(run: Run) -> None:

@@ -15,7 +15,7 @@ FLOORS = (
     ("", "config", "config_schema", "config_checks", "plain_yaml", "comm", "rng", "logs", "learning_rate"),
     ("models", "diffusion", "importance", "pruning"),
     ("data", "interop", "engine", "monitor", "evaluation"),
-    ("coordinator", "faults", "preflight", "validation", "export", "environment"),
+    ("coordinator", "faults", "launcher", "preflight", "validation", "export", "environment"),
     ("run_state", "run_view", "trainer"),
     ("cli",),
 )

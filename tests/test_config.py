@@ -179,7 +179,7 @@ def test_a_target_depth_that_is_not_below_the_depth_is_refused_in_these_words(de
 
 def test_target_depths_at_the_borders():
     assert problems("prune.target_depth=27") == problems("prune.target_depth=1") == []
-    assert "Raise it to at least 1." in problems("prune.target_depth=0")[0]
+    assert "must be at least 1, got 0. Raise it." in problems("prune.target_depth=0")[0]
     assert "the 3 blocks of the model, got 3" in problems("model.kept_blocks=[0,1,5]", "prune.target_depth=3")[0]
 
 

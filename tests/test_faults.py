@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.ranks import free_port, run_ranks
@@ -23,6 +24,7 @@ def launch(arguments: list[str], log: Path, num_ranks: int = 2) -> subprocess.Po
     """Start a training under the deepspeed launcher, as a user would."""
     command = [LAUNCHER, "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
     command += ["--module", "entprune_ds.cli.train", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and pass that on
     with open(log, "ab") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 
@@ -66,7 +68,8 @@ LONG = ["train.num_steps=60", "prune.end_step=40", "train.checkpoint_every=10", 
 @pytest.mark.parametrize(
     ("victim", "number"),
     [(1, signal.SIGKILL), pytest.param(0, signal.SIGKILL, marks=pytest.mark.full),
-     pytest.param("launcher", signal.SIGINT, marks=pytest.mark.full)],
+     pytest.param("launcher", signal.SIGINT, marks=pytest.mark.full),
+     pytest.param("launcher", signal.SIGKILL, marks=pytest.mark.full)],
 )  # fmt: skip
 def test_killing_one_process_ends_the_job_and_the_same_command_resumes(digits, tmp_path, undisturbed, victim, number):
     run, log = tmp_path / "killed", tmp_path / "log"
@@ -78,13 +81,12 @@ def test_killing_one_process_ends_the_job_and_the_same_command_resumes(digits, t
     start = time.monotonic()
     status = finish(process, seconds=60)
     assert status != 0 or victim == "launcher"  # the launcher itself ends with 0 when it is interrupted
+    while any(psutil.pid_exists(pid) for pid in rank_pids(log)) and time.monotonic() - start < 60:
+        time.sleep(0.1)  # killed alone, the launcher leaves its ranks behind; they notice within a second or two
     assert time.monotonic() - start < 60
-    for pid in rank_pids(log):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
     text = log.read_text()
     assert "the same command resumes from it" in text
-    assert re.search(r"newest checkpoint is .*step_0000002\d|newest checkpoint is .*step_0000003\d", text)
+    assert re.search(r"newest checkpoint is .*step_000000[2-5]\d", text)
     assert finish(launch(arguments, log), seconds=200) == 0
     assert losses(run) == losses(undisturbed)
     assert equal_state(run / "checkpoints/step_00000060", undisturbed / "checkpoints/step_00000060")

@@ -193,3 +193,14 @@ def test_a_decision_is_frozen_and_consistent():
     with pytest.raises(ValueError, match="must each make up"):
         decision(order=(3, 5))
     assert replace(decision(), reason="y").digest != decision().digest
+
+
+def test_a_vote_names_the_depths_that_tie_with_the_chosen_one():
+    def candidate(depth: int, ntk: float, zico: float) -> Candidate:
+        return Candidate(depth=depth, kept_blocks=tuple(range(depth)), ntk=ntk, zico_mean=zico, zico_sum=zico)
+
+    tied = vote([candidate(4, 1.0, 1.0), candidate(3, 2.0, 2.0), candidate(2, 3.0, 3.0)], (1.0, 1.0), 0.01)
+    assert tied.chosen.depth == 4
+    assert tied.tied_depths == [4, 3, 2]
+    clear = vote([candidate(4, 1.0, 3.0), candidate(3, 2.0, 2.0)], (1.0, 1.0), 0.01)
+    assert clear.tied_depths == [clear.chosen.depth]

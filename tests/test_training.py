@@ -84,6 +84,8 @@ def test_a_run_prunes_exports_and_resumes_exactly(digits, tmp_path):
     ema = named_state(whole / "checkpoints/step_00000012")
     assert all(torch.equal(p.reshape(-1), ema[f"ema/{n}"]) for n, p in model.named_parameters())
 
+    picture = whole / "samples" / "step_00000009_training.png"  # of a step that the resumed runs have not reached
+    picture.write_bytes((whole / "samples" / "step_00000012_final.png").read_bytes())
     for name, step in (("late", 8), ("at_check", 4)):  # before step 4 stands the second check: it is repeated
         cut = cut_after(whole, tmp_path / name, step)
         stray = dict(decisions[-1], step=9)
@@ -97,6 +99,8 @@ def test_a_run_prunes_exports_and_resumes_exactly(digits, tmp_path):
         aside = (cut / "decisions.superseded.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in aside] == ([9] if step == 8 else [4, 9])
         assert (cut / "metrics.superseded.jsonl").is_file()
+        assert not (cut / "samples" / picture.name).exists()
+        assert (cut / "samples" / "superseded" / picture.name).is_file()
 
 
 OTHER_PROCESSES = {

@@ -48,10 +48,10 @@ def phases(num_ranks: int, extra: list[str]) -> list[tuple[str, int, list[str], 
     ]  # fmt: skip
     return [
         ("shards", 15, [entprune, "shards", "preset=digits", f"out={DATA}"], Path(DATA, "val", "index.json")),
-        ("base model", 320, [*launch, "preset=digits", *base], Path(BASE, "model", "config.json")),
-        ("prune 8 -> 4", 150, [*launch, "preset=digits_prune", *pruned], Path(RUN, "model", "config.json")),
-        ("samples, base", 20, [entprune, "sample", f"run={BASE}", f"out={base_samples}"], base_samples),
-        ("samples, pruned", 15, [entprune, "sample", f"run={RUN}"], Path(RUN, "samples", "final.npz")),
+        ("base model", 290, [*launch, "preset=digits", *base], Path(BASE, "model", "config.json")),
+        ("prune 8 -> 4", 190, [*launch, "preset=digits_prune", *pruned], Path(RUN, "model", "config.json")),
+        ("samples, base", 30, [entprune, "sample", f"run={BASE}", f"out={base_samples}"], base_samples),
+        ("samples, pruned", 20, [entprune, "sample", f"run={RUN}"], Path(RUN, "samples", "final.npz")),
         ("evaluate", 40, evaluate, Path(RUN, "evaluation.json")),
         ("report", 10, [entprune, "report", RUN], Path(RUN, "report.html")),
     ]  # fmt: skip
@@ -87,6 +87,9 @@ def main() -> int:
         start = time.monotonic()
         try:
             status = run(command)
+        except KeyboardInterrupt:
+            print(f"interrupted in phase `{name}`; the same command goes on from here.", file=sys.stderr)
+            return 130
         finally:  # an interrupted phase goes on later: its times add up
             times[name] = times.get(name, 0.0) + time.monotonic() - start
             times_file.write_text(json.dumps(times))

@@ -41,6 +41,11 @@ class Vote:
     candidates: tuple[RankedCandidate, ...]
     """All candidates, deepest first."""
 
+    @property
+    def tied_depths(self) -> list[int]:
+        """Depths of the candidates whose total is the lowest one, the chosen first."""
+        return [c.depth for c in self.candidates if math.isclose(c.total, self.chosen.total, rel_tol=ROUNDING)]
+
     def as_json(self) -> list[dict]:
         """Candidates as plain values, for PruneDecision.candidates."""
         return [asdict(candidate) | {"kept_blocks": list(candidate.kept_blocks)} for candidate in self.candidates]
