@@ -309,3 +309,12 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.full
+def test_bench_prints_its_ratios():
+    command = [sys.executable, "tools/bench_stream.py", "--json", "examples=512", "repeats=3"]
+    root = Path(pool.__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300, check=True)
+    found = json.loads(done.stdout)
+    assert found["ratio"] > 0.5 and found["ratio_2_workers"] > 0.8 and found["raw_megabytes_per_second"] > 0
