@@ -90,7 +90,9 @@ def test_the_bytes_do_not_depend_on_the_workers_and_a_second_run_changes_nothing
     assert run(capsys, "source=folder", f"src={images}", f"out={tmp_path / 'one'}")[0] == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*.tar")} == before
     whole = content(tmp_path / "two")
-    (tmp_path / "two" / "train" / "shard-000003.tar").write_bytes(b"damaged")
+    changed = bytearray(whole["train/shard-000003.tar"])
+    changed[1000] ^= 1  # of the same size
+    (tmp_path / "two" / "train" / "shard-000003.tar").write_bytes(changed)
     (tmp_path / "two" / "train" / "shard-000004.tar").unlink()
     assert run(capsys, "source=folder", f"src={images}", f"out={tmp_path / 'two'}")[0] == 0
     assert content(tmp_path / "two") == whole
