@@ -142,6 +142,10 @@ def _read_preset(name: str, problems: list[str]) -> dict:
     if not isinstance(values, dict | None):
         problems.append(f"preset `{name}` must hold sections of settings, such as `model:`.")
         return {}
+    data = (values or {}).get("data")
+    if isinstance(data, dict) and data.get("allow_pipe", False) is not False:
+        message = f"preset `{name}` sets `data.allow_pipe`, which lets shards run shell commands. "
+        problems.append(message + "Take it out; who wants it writes data.allow_pipe=true on the command line.")
     return values or {}
 
 

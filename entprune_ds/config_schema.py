@@ -94,6 +94,9 @@ class DataConfig:
     max_skipped: int = 16
     """Damaged examples that may be skipped in the run (each is counted once and reported); one more ends it. A missing
     shard, or one whose size or checksum is wrong, is always an error."""
+    allow_pipe: bool = False
+    """Whether shards may be `pipe:` and a shell command that prints them, such as `pipe:aws s3 cp s3://b/{0..9}.tar -`.
+    Counts on the command line only, not in a preset: it runs a shell."""
     flip: bool = False
     """Mirror each example with probability 1/2, anew in every epoch; for shards of pixels and of moments."""
     latent_scale: float = 0.18215

@@ -20,9 +20,9 @@ CHECKSUM_LIMIT = 2**30
 FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample")
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
-    "data.source", "data.src", "data.image_size", "data.num_classes", "data.val_fraction", "data.max_unreadable",
-    "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch",
-    "data.max_skipped",
+    "data.num_workers", "data.prefetch", "data.max_skipped", "data.allow_pipe", "data.source", "data.src",
+    "data.image_size", "data.num_classes", "data.val_fraction", "data.max_unreadable", "data.max_pixels",
+    "data.encode_batch", "data.encode_dtype",
     "model.weights",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws",
@@ -74,7 +74,7 @@ def _data_problems(config: Config) -> list[str]:
         if not spec:
             continue
         try:
-            index = load_index(spec)
+            index = load_index(spec, config.data.allow_pipe)
         except (ValueError, OSError) as error:
             found.append(f"`{key}`: {error}")
             continue

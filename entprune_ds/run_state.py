@@ -75,7 +75,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
         shuffle_buffer=config.data.shuffle_buffer, global_batch_size=config.train.global_batch_size,
         dp_rank=comm.rank(), dp_size=comm.world_size(), verify=True, flip=config.data.flip,
         latent_scale=config.data.latent_scale, num_workers=config.data.num_workers, prefetch=config.data.prefetch,
-        max_skipped=config.data.max_skipped,
+        max_skipped=config.data.max_skipped, allow_pipe=config.data.allow_pipe,
     )  # fmt: skip
     step, decisions, metrics_bytes = 0, [], 0  # a run from the start keeps no earlier line
     if found is not None:
@@ -149,7 +149,7 @@ def validation_draws(config: Config) -> Draws | None:
     stream = Stream(
         spec, seed=config.run.seed, num_readers=1, shuffle_buffer=config.data.shuffle_buffer,
         global_batch_size=count, purpose="validation", latent_scale=config.data.latent_scale,
-        max_skipped=config.data.max_skipped,
+        max_skipped=config.data.max_skipped, allow_pipe=config.data.allow_pipe,
     )  # fmt: skip
     batch = stream.next_batch()
     return make_draws(batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="validation", step=0)

@@ -132,6 +132,7 @@ def examples_of(config: Config, check: int) -> Examples:
                 config.data.shards, seed=config.run.seed, num_readers=1, shuffle_buffer=config.data.shuffle_buffer,
                 global_batch_size=count, purpose=f"{purpose}/{check}", flip=config.data.flip,
                 latent_scale=config.data.latent_scale, max_skipped=config.data.max_skipped,
+                allow_pipe=config.data.allow_pipe,
             )  # fmt: skip
         try:
             batch = streams[purpose].next_batch()

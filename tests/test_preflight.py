@@ -160,6 +160,8 @@ def test_there_must_be_a_shard_for_every_reader(job, digits):
     assert text.startswith("`data.num_readers` (25) is more than the 24 shards in ")
     [text] = job.problems(f"data.shards={digits}/train/shard-{{000000..000002}}.tar")
     assert "`data.num_readers` (4) is more than the 3 shards" in text
+    [text] = job.problems(*words, "data.num_readers=24", "data.flip=true")
+    assert text.startswith("`data.flip` needs shards of pixels or moments, but ")
 
 
 def test_validation_shards_are_those_beside_the_training_shards(job, digits, shards):

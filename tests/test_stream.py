@@ -106,7 +106,7 @@ def test_ranks_and_workers_change_nothing(index, reference, dp_size, num_workers
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shard_size", [7, 13, 26])  # 46, 25 and 13 shards
+@pytest.mark.parametrize("shard_size", [7, 26])  # 46 and 13 shards
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
 def test_matrix_of_ranks_workers_and_shards(tmp_path, dp_size, num_workers, shard_size):
@@ -114,7 +114,7 @@ def test_matrix_of_ranks_workers_and_shards(tmp_path, dp_size, num_workers, shar
     whole, end = global_batches(index, 3 * EPOCH)
     assert first_epoch(index, whole) == Counter(range(COUNT))
     head, state = global_batches(index, EPOCH + 3, dp_size, num_workers)
-    tail, last = global_batches(index, 2 * EPOCH - 3, 5 - dp_size if dp_size != 1 else 4, 2 - num_workers, state)
+    tail, last = global_batches(index, 2 * EPOCH - 3, 5 - dp_size, int(num_workers < 2), state)
     assert same(head + tail, whole) and last == end
 
 
@@ -137,7 +137,7 @@ def test_draws_are_new_in_every_epoch_and_follow_the_formula(index):
         row = np.empty((1, 2, 2), np.float32)
         draw.into(row, key, array, reader.epoch)
         generator = draw._generator(key, reader.epoch)
-        mirrored = int(torch.rand((), generator=generator) < 0.5)
+        mirrored = generator.initial_seed() >> 62
         noise = torch.randn((1, 2, 2), generator=generator).double().numpy()
         mean, log_variance = array[mirrored].astype(np.float64)[:1], array[mirrored].astype(np.float64)[1:]
         assert np.allclose(row, (mean + np.exp(log_variance / 2) * noise) * 0.18215, atol=1e-6)
@@ -309,3 +309,12 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.full
+def test_bench_prints_its_ratios():
+    command = [sys.executable, "tools/bench_stream.py", "--json", "examples=512", "repeats=3"]
+    root = Path(pool.__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300, check=True)
+    found = json.loads(done.stdout)
+    assert found["ratio"] > 0.5 and found["ratio_2_workers"] > 0.8 and found["raw_megabytes_per_second"] > 0

@@ -9,10 +9,11 @@ from urllib.parse import unquote
 
 import pytest
 
+from entprune_ds.config import ConfigError, load_config
 from entprune_ds.data import web
 from entprune_ds.data.index import from_json, load_index, to_json
 from entprune_ds.data.latents import ShardError
-from entprune_ds.data.places import Url, parse_url
+from entprune_ds.data.places import Url, parse_pipe, parse_url
 from entprune_ds.data.stream import Stream, read_all
 from entprune_ds.data.web import WebFile
 from tests.test_data import flip
@@ -172,3 +173,47 @@ def test_places_and_the_index_survive_the_way_to_a_worker(server):
         assert from_json(to_json(index)) == index
         assert len(index.shards) >= READERS
     assert len(read_all(server.url)[1]) == 317
+
+
+# ---------------------------------------------------------------- shell commands
+
+
+def test_commands_run_only_where_they_are_allowed(server, tmp_path):
+    pattern = f"pipe:cat {server.folder}/shard-{{000000..000024}}.tar | cat"
+    with pytest.raises(ShardError, match=r"runs a shell.*data.allow_pipe=true on the command line"):
+        load_index(pattern)
+    local, end = global_batches(load_index(server.folder), EPOCH)
+    index = load_index(pattern, allow_pipe=True)
+    assert from_json(to_json(index)) == index
+    piped, state = global_batches(index, EPOCH, verify=True)
+    assert same(piped, local) and state == end
+    for spec in (
+        "pipe:ls",
+        "pipe:cat 'x/a.tar'",
+        "pipe:cat a.tar",
+        "pipe:cat x/a.tar y/b.tar",
+        "pipe:touch x/$(a).tar",
+    ):
+        with pytest.raises(ShardError, match="does not name shards"):
+            load_index(spec, allow_pipe=True)
+
+
+def test_a_failing_command_is_an_error(server):
+    with pytest.raises(ShardError, match=r"index.json > /dev/full` ended with status"):
+        load_index(f"pipe:cat {server.folder}/shard-{{000000..000024}}.tar > /dev/full", allow_pipe=True)
+    index = load_index(f"pipe:head -c 9000 {server.folder}/shard-{{000000..000024}}.tar", allow_pipe=True)
+    with pytest.raises(ShardError, match=r"is truncated or changed: 9000 bytes, the index says"):
+        global_batches(index, EPOCH)
+
+
+def test_a_name_in_an_index_cannot_become_a_command():
+    folder = parse_pipe("pipe:cat /d/a.tar").parent
+    assert (folder / "a;touch x.tar").command == "cat /d/'a;touch x.tar'"
+
+
+def test_a_preset_cannot_allow_commands(tmp_path):
+    preset = tmp_path / "p.yaml"
+    preset.write_text("data: {allow_pipe: true}")
+    with pytest.raises(ConfigError, match="Take it out"):
+        load_config([f"preset={preset}", "data.allow_pipe=true"])
+    assert load_config(["data.allow_pipe=true"]).data.allow_pipe

@@ -57,10 +57,11 @@ class Draw:
             row -= 1
         else:
             generator = self._generator(key, epoch)
-            mirrored = _coin(generator) and self.flip  # tossed in any case: flip does not change the noise
+            mirrored = self.flip and _coin(generator)
             noise = torch.randn(row.shape, generator=generator).numpy()
             mean, log_variance = array[int(mirrored)].reshape(2, *row.shape)
-            np.clip(log_variance, *LOG_VARIANCE_RANGE, out=row)
+            np.maximum(log_variance, LOG_VARIANCE_RANGE[0], out=row)
+            np.minimum(row, LOG_VARIANCE_RANGE[1], out=row)  # np.clip takes twice as long as both
             row *= 0.5
             np.exp(row, out=row)
             row *= noise
@@ -72,4 +73,5 @@ class Draw:
 
 
 def _coin(generator: torch.Generator) -> bool:
-    return torch.rand((), generator=generator).item() < 0.5
+    """A random bit: the highest of the seed, which is a hash; the numbers of torch come from its low 32 bits."""
+    return bool(generator.initial_seed() >> 62)

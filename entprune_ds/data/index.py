@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,8 @@ from braceexpand import braceexpand
 
 from entprune_ds import config
 from entprune_ds.data.latents import KINDS, REMEDY, ShardError, latent_shape, shape_problem
-from entprune_ds.data.places import Place, Url, is_url, parse_url
+from entprune_ds.data.pipe import PipeFile
+from entprune_ds.data.places import Pipe, Place, Url, from_text, is_url, parse_pipe, parse_url, to_text
 from entprune_ds.data.web import WebFile
 
 INDEX = "index.json"
@@ -67,20 +69,27 @@ class Index:
         return config.digest([[shard.count, shard.sha256] for shard in self.shards])
 
 
-def resolve(spec: str | Path) -> tuple[Place, tuple[str, ...] | None]:
+def resolve(spec: str | Path, allow_pipe: bool = False) -> tuple[Place, tuple[str, ...] | None]:
     """What `data.shards` means: (folder of index.json, chosen tar names or None for all).
 
     Args:
         spec: a folder with index.json, or a tar file or brace pattern such as `/data/in-{0000..1023}.tar` beside one;
-            or the http(s) URL of either.
+            or the http(s) URL of either; or `pipe:` and a shell command that holds such a pattern.
+        allow_pipe: whether shell commands may run.
 
     Raises:
         ShardError: for other urls, an unreadable pattern or a missing local index.
     """
     text = str(spec)
     if is_url(text):
-        return _resolve_url(text)
-    if not text or re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", text) or "::" in text:
+        return _resolve_remote(text, parse_url)
+    if text.startswith("pipe:"):
+        if allow_pipe:
+            return _resolve_remote(text, parse_pipe)
+        message = f"Shards must be a local folder or tar pattern, or http(s) URLs of them, got {text!r}, which runs a"
+        message += " shell. Copy them to a local path, or write data.allow_pipe=true on the command line"
+        raise ShardError(f"{message} (in a preset it does not count).")
+    if not text or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) or "::" in text:
         message = f"Shards must be a local folder or tar pattern, or http(s) URLs of them, got {text!r}."
         raise ShardError(f"{message} Copy them to a local path.")
     if Path(text).is_dir():
@@ -107,30 +116,31 @@ def _expand(pattern: str) -> list[str]:
     return found if len(found) <= 1_000_000 else []
 
 
-def _resolve_url(text: str) -> tuple[Url, tuple[str, ...] | None]:
+def _resolve_remote(
+    text: str, parse: Callable[[str], Url] | Callable[[str], Pipe]
+) -> tuple[Url | Pipe, tuple[str, ...] | None]:
     try:
-        urls = [parse_url(one) for one in _expand(text)]
+        places = [parse(one) for one in _expand(text)]
     except ValueError as error:
-        raise ShardError(f"{text!r} is not a URL of shards: {error}. Correct it.") from error
-    if len(urls) == 1 and not urls[0].name.endswith(".tar"):
-        return urls[0], None
-    if len({url.parent for url in urls}) != 1 or not all(url.name.endswith(".tar") for url in urls):
-        message = f"{text!r} is neither the URL of a folder of shards nor a pattern of tar files in one folder."
+        raise ShardError(f"{text!r} does not name shards: {error}. Correct it.") from error
+    if len(places) == 1 and not places[0].name.endswith(".tar"):
+        return places[0], None
+    if len({place.parent for place in places}) != 1 or not all(place.name.endswith(".tar") for place in places):
+        message = f"{text!r} names neither a folder of shards nor, by a pattern, tar files in one folder."
         raise ShardError(f"{message} Correct it.")
-    return urls[0].parent, tuple(unquote(url.name) for url in urls)
+    return places[0].parent, tuple(unquote(p.name) if isinstance(p, Url) else p.name for p in places)
 
 
-def load_index(spec: str | Path) -> Index:
+def load_index(spec: str | Path, allow_pipe: bool = False) -> Index:
     """Read and check the index of a folder, or of the shards that a brace pattern chooses.
 
     Raises:
         ShardError: when the index is missing, damaged or of another version, or lacks a chosen shard.
     """
-    folder, names = resolve(spec)
+    folder, names = resolve(spec, allow_pipe)
     try:
-        text = WebFile(folder / INDEX).read_all() if isinstance(folder, Url) else (folder / INDEX).read_bytes()
-        index = _parse_index(folder, json.loads(text))
-    except ShardError:  # what WebFile says is clear
+        index = _parse_index(folder, json.loads(_read_small(folder / INDEX)))
+    except ShardError:  # what WebFile and PipeFile say is clear
         raise
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -145,20 +155,26 @@ def load_index(spec: str | Path) -> Index:
     return replace(index, shards=chosen, label_histogram=None)
 
 
+def _read_small(place: Place) -> bytes:
+    if isinstance(place, Path):
+        return place.read_bytes()
+    file = WebFile(place) if isinstance(place, Url) else PipeFile(place)
+    try:
+        return file.read_all()
+    finally:
+        file.close()
+
+
 def to_json(index: Index) -> dict[str, Any]:
     """An index as plain values, for another process; `from_json` reads them."""
-    folder = index.folder
-    values = {"url": folder.address} if isinstance(folder, Url) else {"path": str(folder)}
-    return {**asdict(replace(index, folder=Path())), "folder": values}
+    return {**asdict(replace(index, folder=Path())), "folder": to_text(index.folder)}
 
 
 def from_json(values: dict[str, Any]) -> Index:
     """The index that `to_json` made plain."""
-    folder = values["folder"]
-    place = parse_url(folder["url"]) if "url" in folder else Path(folder["path"])
     histogram = values["label_histogram"]
     changed = {
-        "folder": place,
+        "folder": from_text(values["folder"]),
         "shards": tuple(Shard(**shard) for shard in values["shards"]),
         "shape": tuple(values["shape"]),
         "label_histogram": None if histogram is None else tuple(histogram),
@@ -195,7 +211,7 @@ def check_shards(index: Index, checksums: bool) -> list[str]:
 def shard_problems(index: Index, shard: Shard, checksums: bool) -> list[str]:
     """The problems of one tar file; none for a remote one."""
     path = index.folder / shard.name
-    if isinstance(path, Url):
+    if not isinstance(path, Path):
         return []
     try:
         size = path.stat().st_size

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from entprune_ds.data.draw import Draw
-from entprune_ds.data.reader import Damage, Place, Plan, Reader
+from entprune_ds.data.reader import Cursor, Damage, Plan, Reader
 
 
 def slots_of(readers: Sequence[int], num_readers: int, global_batch_size: int) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ class Part:
         self.rows = tuple(rows)
         self.draw = Draw(plan.seed, plan.purpose, plan.index.kind, plan.flip, plan.latent_scale)
 
-    def seek(self, places: dict[int, Place]) -> None:
+    def seek(self, places: dict[int, Cursor]) -> None:
         """Go to the places of all readers; reads nothing yet."""
         for number, reader in self.readers.items():
             reader.seek(*places[number])
@@ -39,7 +39,7 @@ class Part:
     def close(self) -> None:
         """Nothing to end: the readers work in this process."""
 
-    def places(self) -> dict[int, Place]:
+    def places(self) -> dict[int, Cursor]:
         """Where the readers are."""
         return {number: reader.place for number, reader in self.readers.items()}
 

@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from entprune_ds.data.latents import ShardError
-from entprune_ds.data.reader import Damage, Place, Plan
+from entprune_ds.data.reader import Cursor, Damage, Plan
 
 MODULE = "entprune_ds.data.worker"
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,7 @@ class Ring:
         size = label_bytes + 4 * numbers
         if descriptor is None:
             descriptor = os.memfd_create("entprune_ds_batches")
+            weakref.finalize(self, os.close, descriptor)
             os.posix_fallocate(descriptor, 0, size)  # an error now instead of a dead process later
         self.descriptor, self.shape = descriptor, tuple(shape)
         memory = mmap.mmap(descriptor, size)
@@ -108,11 +109,11 @@ class Pool:
     ):
         self.plan, self.rows, self.prefetch = plan, rows, prefetch
         self.shares = [list(readers[w::num_workers]) for w in range(num_workers)]
-        self.at: dict[int, Place] = dict.fromkeys(readers, Place())
+        self.at: dict[int, Cursor] = dict.fromkeys(readers, Cursor())
         self.batches = 0
         self.ring: Ring | None = None
         self.workers: list[Worker] = []
-        weakref.finalize(self, _end, self.workers)
+        weakref.finalize(self, _end, self.workers, os.getpid())
 
     def fill(self, latents: np.ndarray, labels: np.ndarray) -> list[Damage]:
         """Copy the next batch out of the shared memory; see Part.fill."""
@@ -126,21 +127,21 @@ class Pool:
         for worker in self.workers:
             worker.send(b"\n")
         self.batches += 1
-        self.at |= {int(r): Place(*place) for result in results for r, place in result["places"].items()}
+        self.at |= {int(r): Cursor(*place) for result in results for r, place in result["places"].items()}
         return [Damage(*damage) for result in results for damage in result["damages"]]
 
-    def places(self) -> dict[int, Place]:
+    def places(self) -> dict[int, Cursor]:
         """Where the readers were after the last batch that was handed out."""
         return dict(self.at)
 
-    def seek(self, places: dict[int, Place]) -> None:
+    def seek(self, places: dict[int, Cursor]) -> None:
         """Go to the places of all readers: the workers end, and start anew with the next batch."""
         self.close()
         self.at = dict(places)
 
     def close(self) -> None:
         """End the workers."""
-        _end(self.workers)
+        _end(self.workers, os.getpid())
 
     def _start(self) -> None:
         shape = (self.prefetch, len(self.rows), *self.plan.index.latent_shape)
@@ -177,9 +178,9 @@ def _launch(number: int, memory: int) -> Worker:
     return Worker(number, process, os.fdopen(receive, "rb"))
 
 
-def _end(workers: list[Worker]) -> None:
-    """Kill the processes: they hold nothing that is worth keeping."""
-    while workers:
+def _end(workers: list[Worker], owner: int) -> None:
+    """Kill the processes: they hold nothing that is worth keeping. A fork of the owner must leave them alone."""
+    while workers and os.getpid() == owner:
         worker = workers.pop()
         worker.process.kill()
         worker.process.wait()

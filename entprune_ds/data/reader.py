@@ -19,7 +19,7 @@ from entprune_ds.data.source import open_shard
 from entprune_ds.data.tar import read_samples
 
 
-class Place(NamedTuple):
+class Cursor(NamedTuple):
     """The state of a reader."""
 
     epoch: int = 0
@@ -134,9 +134,9 @@ class Reader:
         self.source: Iterator[Entry | Damage] | None = None
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Cursor:
         """The place after what was taken last."""
-        return Place(self.epoch, self.emitted, self.skipped)
+        return Cursor(self.epoch, self.emitted, self.skipped)
 
     def take(self) -> Entry:
         """The next example; `epoch` is then its epoch.

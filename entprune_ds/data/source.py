@@ -1,4 +1,4 @@
-"""A shard opened for reading from front to end: a local file, or one on a server."""
+"""A shard opened for reading from front to end: a local file, one on a server, or what a command prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from entprune_ds.data.index import Shard
 from entprune_ds.data.latents import REMEDY, ShardError
-from entprune_ds.data.places import Place, Url
+from entprune_ds.data.pipe import PipeFile
+from entprune_ds.data.places import Pipe, Place, Url
 from entprune_ds.data.web import WebFile
 
 
@@ -44,10 +45,11 @@ class LocalSource:
 
 
 class RemoteSource:
-    """A tar on a server; its checksum is compared on the way."""
+    """A tar that comes from elsewhere; its checksum is compared on the way."""
 
-    def __init__(self, url: Url, shard: Shard, verify: bool):
-        self.file, self.shard = WebFile(url, shard.bytes), shard
+    def __init__(self, place: Url | Pipe, shard: Shard, verify: bool):
+        self.place, self.shard = place, shard
+        self.file = WebFile(place, shard.bytes) if isinstance(place, Url) else PipeFile(place, shard.bytes)
         self.hash = hashlib.sha256() if verify else None
 
     def read(self, size: int, /) -> bytes:
@@ -72,8 +74,8 @@ class RemoteSource:
         while self.read(1 << 18):
             pass
         if self.hash.hexdigest() != self.shard.sha256:
-            message = f"{self.file.url} is damaged: its SHA-256 is not the one in the index."
-            raise ShardError(f"{message} Copy it to the server again.")
+            message = f"{self.place} is damaged: its SHA-256 is not the one in the index."
+            raise ShardError(f"{message} Copy it there again.")
 
     def __enter__(self) -> RemoteSource:
         return self
@@ -88,7 +90,7 @@ def open_shard(place: Place, shard: Shard, verify: bool) -> LocalSource | Remote
     Raises:
         ShardError: here and from every read, when it cannot be read.
     """
-    return RemoteSource(place, shard, verify) if isinstance(place, Url) else LocalSource(place)
+    return LocalSource(place) if isinstance(place, Path) else RemoteSource(place, shard, verify)
 
 
 def _unreadable(path: Path, error: OSError) -> ShardError:

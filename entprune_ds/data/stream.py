@@ -20,7 +20,7 @@ from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.data.latents import Batch, ShardError
 from entprune_ds.data.part import Part, slots_of
 from entprune_ds.data.pool import Pool
-from entprune_ds.data.reader import Damage, Place, Plan, Reader, read_shard, too_many
+from entprune_ds.data.reader import Cursor, Damage, Plan, Reader, read_shard, too_many
 from entprune_ds.logs import get_logger
 
 __all__ = ["Stream", "first_examples", "merge_states", "read_all", "read_shard"]
@@ -45,6 +45,7 @@ class Stream:
         latent_scale: factor of latents drawn from moments.
         num_workers: processes that read for this rank, at most one per reader of it; 0 reads in this process.
         prefetch: batches that workers prepare ahead, all in shared memory.
+        allow_pipe: whether `index` may be `pipe:` and a shell command.
         max_skipped: different damaged examples that may be passed over, in the whole run as far as this rank knows.
 
     Raises:
@@ -56,14 +57,17 @@ class Stream:
         self, index: Index | str | Path, *, seed: int, num_readers: int, shuffle_buffer: int, global_batch_size: int,
         dp_rank: int = 0, dp_size: int = 1, verify: bool = False, purpose: str = "train", flip: bool = False,
         latent_scale: float = 0.18215, num_workers: int = 0, prefetch: int = 4, max_skipped: int = 0,
+        allow_pipe: bool = False,
     ):  # fmt: skip
-        index = index if isinstance(index, Index) else load_index(index)
+        index = index if isinstance(index, Index) else load_index(index, allow_pipe)
         self.index, self.num_readers, self.max_skipped = index, num_readers, max_skipped
         self.order: dict[str, Any] = {  # what gives the numbers of a cursor their meaning
             "seed": seed, "purpose": purpose, "num_readers": num_readers, "shuffle_buffer": shuffle_buffer,
             "shards": index.digest,
         }  # fmt: skip
         problems = _setting_problems(index, num_readers, shuffle_buffer, global_batch_size, dp_rank, dp_size)
+        if num_workers < 0 or prefetch < 1:
+            problems.append(f"`data.num_workers` ({num_workers}) must be at least 0, `data.prefetch` ({prefetch}) 1.")
         if problems:
             raise ValueError("\n".join(problems))
         if missing := check_shards(index, checksums=False):
@@ -75,7 +79,7 @@ class Stream:
         self.source: Part | Pool = Part(plan, mine, rows)
         if num_workers:
             self.source = Pool(plan, mine, rows, min(num_workers, len(mine)), prefetch)
-        self.places: dict[int, Place] = dict.fromkeys(mine, Place())
+        self.places: dict[int, Cursor] = dict.fromkeys(mine, Cursor())
         self.batches = 0
         self.skipped: set[tuple[str, int]] = set()
         """(shard, position) of the damaged examples that were passed over."""
@@ -141,7 +145,7 @@ class Stream:
         missing = [r for r in self.places if str(r) not in state["readers"]]
         if missing:
             raise ValueError(f"The saved place in the data lacks readers {missing}. Merge the states of all ranks.")
-        self.places = {r: Place(**state["readers"][str(r)]) for r in self.places}
+        self.places = {r: Cursor(**state["readers"][str(r)]) for r in self.places}
         self.source.seek(self.places)
         self.batches = state["batches"]
         self.skipped = {(shard, position) for shard, position in state.get("skipped", [])}

@@ -14,6 +14,8 @@ BLOCK = 512
 END = bytes(BLOCK)
 WANTED = (".npy", ".cls")
 """Members that training reads; the others (.json) are passed over."""
+LARGEST = 1 << 30
+"""Bytes of the largest member; a header that says more is taken for damage."""
 
 
 class Source(Protocol):
@@ -79,10 +81,10 @@ def _members(source: Source) -> Iterator[tuple[str, int]]:
 def _is_header(block: bytes) -> bool:
     """Whether a block is a ustar header with the right checksum and a plain octal size."""
     try:
-        stated, _ = int(block[148:156].rstrip(b" \0"), 8), int(block[124:136].rstrip(b" \0") or b"0", 8)
+        stated, size = int(block[148:156].rstrip(b" \0"), 8), int(block[124:136].rstrip(b" \0") or b"0", 8)
     except ValueError:
         return False
     # The checksum is the sum of all bytes, with its own eight taken as spaces. The low half of Adler-32 is one more
     # than the sum, modulo 65521, and much faster than sum().
     total = (zlib.adler32(block) & 0xFFFF) - (zlib.adler32(block[148:156]) & 0xFFFF) + 8 * 32
-    return block[257:262] == b"ustar" and (total - stated) % 65521 == 0
+    return block[257:262] == b"ustar" and 0 <= size <= LARGEST and (total - stated) % 65521 == 0

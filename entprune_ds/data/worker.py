@@ -22,7 +22,7 @@ import torch
 
 from entprune_ds.data.part import Part
 from entprune_ds.data.pool import Ring
-from entprune_ds.data.reader import Place, Plan
+from entprune_ds.data.reader import Cursor, Plan
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def _work(lines: SimpleQueue[bytes], out: Any, memory: int) -> None:
     job = json.loads(lines.get())
     ring = Ring(job["shape"], memory)
     part = Part(Plan.from_json(job["plan"]), job["readers"], job["rows"])
-    part.seek({int(r): Place(*place) for r, place in job["places"].items()})
+    part.seek({int(r): Cursor(*place) for r, place in job["places"].items()})
     for batch in count():
         lines.get()
         slot = batch % len(ring.latents)
