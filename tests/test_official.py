@@ -237,6 +237,13 @@ def test_another_kind_of_model_is_refused_by_its_names(tmp_path):
     assert "is no DiT or SiT of the official code" in text and "conv_in.weight" in text
 
 
+def test_an_absurd_architecture_is_refused_before_anything_is_built(tiny, tmp_path):
+    state = tiny | {"blocks.99999999999.mlp.fc1.weight": torch.zeros(128, 32)}
+    assert "`model.depth` must be at most" in refusal(saved(tmp_path, state))
+    wide = tiny | {"x_embedder.proj.weight": torch.zeros(0, 2, 2, 2)}
+    assert "no DiT or SiT" in refusal(saved(tmp_path, wide))
+
+
 def test_learned_positions_are_refused(tiny, tmp_path):
     text = refusal(saved(tmp_path, tiny | {"pos_embed": tiny["pos_embed"] + 0.01}))
     assert "pos_embed differs from the fixed sin-cos positions by up to 0.01" in text

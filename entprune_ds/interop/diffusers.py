@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entprune_ds.config import ModelConfig
+from entprune_ds.config import ModelConfig, config_from_dict
 from entprune_ds.config_checks import model_problems
 from entprune_ds.interop.beside import read_beside
 from entprune_ds.interop.infer import disagreement
@@ -169,16 +169,17 @@ def _config(folder: Path) -> dict[str, Any]:
 def _architecture(values: dict[str, Any], folder: Path) -> ModelConfig:
     try:
         heads, channels = values["num_attention_heads"], values["in_channels"]
-        model = ModelConfig(
-            process="dit", depth=values["num_layers"],
-            hidden_size=heads * values["attention_head_dim"], num_heads=heads,
-            patch_size=values["patch_size"], input_size=values["sample_size"], in_channels=channels,
-            num_classes=values["num_embeds_ada_norm"], learn_sigma=values.get("out_channels") == 2 * channels,
-            norm_eps=float(values.get("norm_eps", 1e-5)), frequency_shift=FREQUENCY_SHIFT,
-        )  # fmt: skip
-        wrong = model_problems(model)
+        settings = {
+            "process": "dit", "depth": values["num_layers"], "num_heads": heads, "in_channels": channels,
+            "hidden_size": heads * values["attention_head_dim"], "patch_size": values["patch_size"],
+            "input_size": values["sample_size"], "num_classes": values["num_embeds_ada_norm"],
+            "learn_sigma": values.get("out_channels") == 2 * channels, "norm_eps": values.get("norm_eps", 1e-5),
+            "frequency_shift": FREQUENCY_SHIFT,
+        }  # fmt: skip
+        model = config_from_dict({"model": settings}).model
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} lacks a setting or has one of another kind: {error}.") from error
+    wrong = model_problems(model)
     if wrong:
         raise ValueError(f"{folder / 'config.json'} has an impossible architecture: " + " ".join(wrong))
     return model

@@ -53,14 +53,14 @@ def load_vae(name: str, revision: str = "", device: torch.device | str = "cpu", 
         from diffusers import AutoencoderKL
         from diffusers.utils import logging as diffusers_log
     except ImportError as error:
-        message = f"`sample.vae` needs the package diffusers ({error}). "
+        message = f"a VAE needs the package diffusers ({error}). "
         raise ValueError(message + "Install it with pip install 'entprune_ds[vae]'.") from error
     folder = Path(name)
     local = folder.is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise ValueError(f"`sample.vae`: {name} is neither a folder nor a hub name such as stabilityai/sd-vae-ft-ema.")
+        raise ValueError(f"VAE {name} is neither a folder nor a hub name such as stabilityai/sd-vae-ft-ema.")
     if local and not (folder / WEIGHTS).is_file():
-        raise ValueError(f"`sample.vae`: {folder} has no {WEIGHTS}: only safetensors are read.")
+        raise ValueError(f"VAE {folder} has no {WEIGHTS}: only safetensors are read.")
     diffusers_log.set_verbosity_error()
     try:
         if local:
@@ -75,12 +75,10 @@ def load_vae(name: str, revision: str = "", device: torch.device | str = "cpu", 
             )
     except Exception as error:  # the hub's client raises errors of several packages for a missing network or name
         remedy = "Check the folder." if local else "Download it on a machine with a network and give its folder."
-        raise ValueError(
-            f"`sample.vae`: {name} cannot be loaded ({' '.join(str(error).split())[:300]}). {remedy}"
-        ) from error
+        raise ValueError(f"VAE {name} cannot be loaded ({' '.join(str(error).split())[:300]}). {remedy}") from error
     wrong = [f"{kind.split('_')[0]} {n}" for kind, names in report.items() for n in names if kind != "error_msgs"]
     if wrong:
-        raise ValueError(f"`sample.vae`: the weights of {name} do not fit its config.json: {'; '.join(sorted(wrong))}.")
+        raise ValueError(f"the weights of VAE {name} do not fit its config.json: {'; '.join(sorted(wrong))}.")
     return _callables(model.eval().requires_grad_(False).to(device), folder.name if local else name, found, batch_size)
 
 
@@ -88,9 +86,7 @@ def _callables(model: Any, name: str, revision: str, batch_size: int) -> Vae:
     config = model.config
     shifted = [k for k in ("shift_factor", "latents_mean", "latents_std") if config[k] is not None]
     if shifted:
-        message = (
-            f"`sample.vae`: {name} also shifts its latents ({', '.join(shifted)}), which DiT and SiT models do not. "
-        )
+        message = f"VAE {name} also shifts its latents ({', '.join(shifted)}), which DiT and SiT models do not. "
         raise ValueError(message + "Choose sd-vae-ft-ema or one like it.")
     scale = float(config.scaling_factor)
 
@@ -104,9 +100,7 @@ def _callables(model: Any, name: str, revision: str, batch_size: int) -> Vae:
 
     def decode(latents: Tensor) -> Tensor:
         if latents.shape[1] != config.latent_channels:
-            message = (
-                f"`sample.vae`: {name} decodes {config.latent_channels} channels, the model makes {latents.shape[1]}."
-            )
+            message = f"VAE {name} decodes {config.latent_channels} channels, the model makes {latents.shape[1]}."
             raise ValueError(message + " Choose the VAE that the model was trained with.")
         return in_batches(lambda part: model.decode(part / scale).sample, latents)  # (N,3,H,W)
 
