@@ -93,9 +93,10 @@ def test_csv_takes_numbers_or_names_as_labels_and_ignores_other_columns(tmp_path
     assert pairs(source) == [("a.jpg", 1), ("b,c.jpg", 0)] and source.classes == ("cat", "dog")
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../x.jpg", "in/../../x.jpg", "C:\\x.jpg", "..\\x.jpg", "~/x.jpg", ""])
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x.jpg", "in/../x.jpg", "C:\\x.jpg", "..\\x.jpg", "~/x.jpg", ""])
 def test_csv_paths_may_not_leave_the_folder_of_the_file(tmp_path, path):
-    with pytest.raises(SourceError, match=r"labels.csv, line 3: the path"):
+    reason = "must be relative and stay below" if path else "is missing"
+    with pytest.raises(SourceError, match=rf"labels.csv, line 3: the path.* {reason}"):
         csv_source(csv_of(tmp_path, f"path,label\na.jpg,0\n{path},0\n"))
 
 

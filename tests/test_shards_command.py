@@ -90,7 +90,9 @@ def test_the_bytes_do_not_depend_on_the_workers_and_a_second_run_changes_nothing
     assert run(capsys, "source=folder", f"src={images}", f"out={tmp_path / 'one'}")[0] == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*.tar")} == before
     whole = content(tmp_path / "two")
-    (tmp_path / "two" / "train" / "shard-000003.tar").write_bytes(b"damaged")
+    changed = bytearray(whole["train/shard-000003.tar"])
+    changed[1000] ^= 1  # of the same size
+    (tmp_path / "two" / "train" / "shard-000003.tar").write_bytes(changed)
     (tmp_path / "two" / "train" / "shard-000004.tar").unlink()
     assert run(capsys, "source=folder", f"src={images}", f"out={tmp_path / 'two'}")[0] == 0
     assert content(tmp_path / "two") == whole
@@ -201,6 +203,14 @@ def test_dry_run_and_wrong_settings_write_nothing(images, tmp_path, capsys):
     assert not out.exists() and not (images / "a" / "out").exists()
 
 
+def runs(process: str) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())  # empty once it has ended
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.full), 2])
 def test_killed_in_the_middle_it_goes_on_after_the_finished_shards(images, tmp_path, capsys, workers):
     words = ["source=folder", f"src={images}", *SETTINGS, "data.shard_size=1"]
@@ -211,9 +221,13 @@ def test_killed_in_the_middle_it_goes_on_after_the_finished_shards(images, tmp_p
     while len(list(parts.glob("0*.json"))) < 5:
         assert process.poll() is None
         time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    time.sleep(0.3 if workers else 0)  # the workers end with their parent
+    deadline = time.monotonic() + 20
+    while any(runs(child) for child in children):  # the workers end with their parent
+        assert time.monotonic() < deadline, f"the workers {children} stay behind"
+        time.sleep(0.02)
     finished = {p.stem: p.stat().st_mtime_ns for p in parts.glob("0*.json")}
     assert 5 <= len(finished) < COUNT and not (tmp_path / "cut" / "train" / "index.json").exists()
     (tmp_path / "cut" / "train" / ".shard-000059.tar.123.tmp").write_bytes(b"half")
