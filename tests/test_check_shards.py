@@ -110,4 +110,4 @@ def test_moments_are_decoded_by_the_vae(tmp_path, capsys):
     assert status == 0 and how == "means decoded by vae" and np.abs(images - expected).max() <= 1
     shutil.rmtree(tmp_path / "vae")
     status, result = run(capsys, folder, "--sheet", tmp_path / "sheet.png", "--vae", tmp_path / "vae")
-    assert status == 1 and "no contact sheet: `sample.vae`" in result["problems"][0]
+    assert status == 1 and "no contact sheet: VAE " in result["problems"][0]

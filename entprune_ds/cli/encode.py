@@ -122,7 +122,10 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # 0.001 of error in fp32 otherwise
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     batch_size, device = config.data.encode_batch, comm.device()
-    vae = load_vae(config.sample.vae, config.sample.vae_revision, device, batch_size)
+    try:
+        vae = load_vae(config.sample.vae, config.sample.vae_revision, device, batch_size)
+    except ValueError as error:
+        raise ValueError(f"`sample.vae`: {error}") from error
     facts = {"source": "vae moments", **vae.protocol, "dtype": config.data.encode_dtype}
 
     def moments(images: torch.Tensor) -> torch.Tensor:
