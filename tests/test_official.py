@@ -287,7 +287,8 @@ def test_a_failed_export_leaves_the_older_file(tiny, tmp_path, monkeypatch):
     write_official(tmp_path / "x.pt", source)
     before = (tmp_path / "x.pt").read_bytes()
 
-    def broken(*_: object) -> None:
+    def broken(_: object, path: Path) -> None:
+        path.write_bytes(before[:1000])
         raise RuntimeError("no space left on device")
 
     monkeypatch.setattr(torch, "save", broken)
