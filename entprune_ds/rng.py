@@ -21,10 +21,23 @@ def generator_for(seed: int, purpose: str, step: int = 0, slot: int = 0) -> torc
         step: optimizer step, repeat or check.
         slot: position of the example in the global batch (or any other index).
     """
-    key = hashlib.sha256(f"{seed}/{purpose}/{step}/{slot}".encode()).digest()
     generator = torch.Generator(device="cpu")
-    generator.manual_seed(int.from_bytes(key[:8], "little", signed=False) >> 1)
+    generator.manual_seed(_seed_for(seed, purpose, step, slot))
     return generator
+
+
+def coin(seed: int, purpose: str, step: int = 0, slot: int = 0) -> bool:
+    """A random bit; names a use as generator_for does, and is independent of that generator.
+
+    It is the highest bit of the generator's seed: torch makes its numbers from the low 32 bits.
+    """
+    return bool(_seed_for(seed, purpose, step, slot) >> 62)
+
+
+def _seed_for(seed: int, purpose: str, step: int, slot: int) -> int:
+    """63 bits of a hash."""
+    key = hashlib.sha256(f"{seed}/{purpose}/{step}/{slot}".encode()).digest()
+    return int.from_bytes(key[:8], "little", signed=False) >> 1
 
 
 def normal_per_slot(seed: int, purpose: str, step: int, slots: list[int], shape: tuple[int, ...]) -> Tensor:

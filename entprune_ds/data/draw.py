@@ -40,26 +40,33 @@ class Draw:
             message = "`data.flip` needs shards of pixels or moments, these hold latents."
             raise ValueError(f"{message} Set it to false, or encode the images again as moments.")
 
+    def keep(self, key: str, array: np.ndarray, epoch: int) -> np.ndarray:
+        """What has to be remembered of a stored example until its latents are drawn.
+
+        Of moments that is one half, (2C,H,W), of the image or of its mirror image: half of the memory.
+        """
+        if self.kind != "moments":
+            return array
+        return array[int(self._mirrored(key, epoch))].copy()
+
     def into(self, row: np.ndarray, key: str, array: np.ndarray, epoch: int) -> None:
         """Write the latents of one example.
 
         Args:
             row: (C,H,W) f32, C-contiguous; filled here.
             key: name of the example.
-            array: what is stored; `latents.KINDS` says its dtype and shape.
+            array: what `keep` returned for the same key and epoch.
             epoch: epoch of the example.
         """
         if self.kind == "latents":
             np.copyto(row, array)
         elif self.kind == "pixels":
-            mirrored = self.flip and _coin(self._generator(key, epoch))
-            np.divide(array[:, :, ::-1] if mirrored else array, np.float32(127.5), out=row)
+            np.divide(array[:, :, ::-1] if self._mirrored(key, epoch) else array, np.float32(127.5), out=row)
             row -= 1
         else:
-            generator = self._generator(key, epoch)
-            mirrored = self.flip and _coin(generator)
+            generator = rng.generator_for(self.seed, f"{self.purpose}/latents/{key}", epoch)
             noise = torch.randn(row.shape, generator=generator).numpy()
-            mean, log_variance = array[int(mirrored)].reshape(2, *row.shape)
+            mean, log_variance = array.reshape(2, *row.shape)
             np.maximum(log_variance, LOG_VARIANCE_RANGE[0], out=row)
             np.minimum(row, LOG_VARIANCE_RANGE[1], out=row)  # np.clip takes twice as long as both
             row *= 0.5
@@ -68,10 +75,5 @@ class Draw:
             row += mean
             row *= self.scale
 
-    def _generator(self, key: str, epoch: int) -> torch.Generator:
-        return rng.generator_for(self.seed, f"{self.purpose}/latents/{key}", epoch)
-
-
-def _coin(generator: torch.Generator) -> bool:
-    """A random bit: the highest of the seed, which is a hash; the numbers of torch come from its low 32 bits."""
-    return bool(generator.initial_seed() >> 62)
+    def _mirrored(self, key: str, epoch: int) -> bool:
+        return self.flip and rng.coin(self.seed, f"{self.purpose}/latents/{key}", epoch)

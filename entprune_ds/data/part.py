@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from entprune_ds.data.draw import Draw
 from entprune_ds.data.reader import Cursor, Damage, Plan, Reader
 
 
@@ -29,7 +28,7 @@ class Part:
         verified: set[str] = set()
         self.readers = {r: Reader(plan, r, verified) for r in readers}
         self.rows = tuple(rows)
-        self.draw = Draw(plan.seed, plan.purpose, plan.index.kind, plan.flip, plan.latent_scale)
+        self.draw = plan.draw()
 
     def seek(self, places: dict[int, Cursor]) -> None:
         """Go to the places of all readers; reads nothing yet."""

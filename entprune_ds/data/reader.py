@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from entprune_ds import rng
+from entprune_ds.data.draw import Draw
 from entprune_ds.data.index import Index, Shard, from_json, shard_problems, to_json
 from entprune_ds.data.latents import REMEDY, Entry, ShardError, decode_example
 from entprune_ds.data.source import open_shard
@@ -43,6 +44,10 @@ class Plan:
     flip: bool
     latent_scale: float
     max_skipped: int
+
+    def draw(self) -> Draw:
+        """How latents are made of the examples."""
+        return Draw(self.seed, self.purpose, self.index.kind, self.flip, self.latent_scale)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a worker."""
@@ -114,7 +119,7 @@ class Reader:
     """Reads ahead evenly: each example that leaves the shuffled block makes room for one of the next block."""
 
     def __init__(self, plan: Plan, number: int, verified: set[str]):
-        self.plan, self.number, self.verified = plan, number, verified
+        self.plan, self.number, self.verified, self.draw = plan, number, verified, plan.draw()
         self.damages: list[Damage] = []
         """Met since the list was last emptied."""
         self.seek(0, 0)
@@ -139,7 +144,7 @@ class Reader:
         return Cursor(self.epoch, self.emitted, self.skipped)
 
     def take(self) -> Entry:
-        """The next example; `epoch` is then its epoch.
+        """The next example: key, what Draw.keep left of its array, label; `epoch` is then its epoch.
 
         Raises:
             ShardError: when the shards cannot be read, or more examples of one batch are damaged than may be skipped.
@@ -187,7 +192,12 @@ class Reader:
             for shard in self.epoch_shards(later):
                 if start < shard.count:
                     self._verify_once(shard)
-                    yield from scan_shard(self.plan.index, shard, start, self.plan.verify)
+                    for found in scan_shard(self.plan.index, shard, start, self.plan.verify):
+                        if isinstance(found, Damage):
+                            yield found
+                        else:
+                            key, array, label = found
+                            yield key, self.draw.keep(key, array, later), label
                 start = max(start - shard.count, 0)
 
     def _verify_once(self, shard: Shard) -> None:

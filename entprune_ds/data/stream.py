@@ -200,7 +200,7 @@ def _latents_of(index: Index, entries: list[tuple[str, np.ndarray, int]]) -> tup
     latents = torch.empty((len(entries), *index.latent_shape), dtype=torch.float32)
     draw = Draw(0, "all", index.kind)
     for row, (key, array, _) in zip(latents.numpy(), entries, strict=True):
-        draw.into(row, key, array, epoch=0)
+        draw.into(row, key, draw.keep(key, array, 0), 0)
     return latents, torch.tensor([label for _, _, label in entries], dtype=torch.int64)
 
 
