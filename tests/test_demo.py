@@ -73,5 +73,5 @@ def test_a_finished_demo_is_not_run_again(demo):
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), *TINY]
     result = subprocess.run(command, cwd=demo, env=env, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
-    assert result.stdout.count("done before") == 7
+    assert result.stdout.count(": done before (") == 7
     assert (demo / "runs/demo/metrics.jsonl").read_bytes() == before
