@@ -22,9 +22,9 @@ setup(
         "clean-fid>=0.1.35",
         "scipy<1.18",  # clean-fid calls sqrtm(disp=)
         "safetensors>=0.4",
-        "torchdiffeq>=0.2.4",
         "numpy>=1.26",
         "psutil>=5.9",
+        "pillow>=10",
         "rich>=13",
         "matplotlib>=3.8",
         "pyyaml",
@@ -32,7 +32,16 @@ setup(
     extras_require={
         "vae": ["diffusers>=0.30"],
         "demo": ["scikit-learn>=1.4"],
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "diffusers>=0.30"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "diffusers>=0.30",
+            "torchdiffeq>=0.2.4",  # what dopri5 is compared with
+        ],
     },
     entry_points={"console_scripts": ["entprune-ds=entprune_ds.cli.main:main"]},
 )

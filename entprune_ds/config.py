@@ -195,9 +195,7 @@ def _section(cls: type, values: Any, path: str, problems: list[str]) -> Any:
     for key, value in values.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f" Did you mean `{path + '.' if path else ''}{near[0]}`?" if near else f" Known: {', '.join(hints)}."
-            problems.append(f"`{name}` is not a setting.{hint}")
+            problems.append(f"`{name}` is not a setting.{_hint(str(key), hints, path)}")
         elif dataclasses.is_dataclass(hints[key]):
             chosen[key] = _section(hints[key], value, name, problems)
         else:
@@ -206,6 +204,16 @@ def _section(cls: type, values: Any, path: str, problems: list[str]) -> Any:
             except (TypeError, ValueError, OverflowError):
                 problems.append(f"`{name}` must be {_describe(hints[key])}, got {value!r}.")
     return cls(**chosen)
+
+
+def _hint(key: str, hints: dict[str, Any], path: str) -> str:
+    """What may have been meant: a section's setting without its section, a near name, or any of the known ones."""
+    sections = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    inside = [f"`{name}.{key}`" for name, hint in sections.items() if key in typing.get_type_hints(hint)]
+    if inside:
+        return f" Did you mean {' or '.join(inside)}?"
+    near = difflib.get_close_matches(key, hints, n=1)
+    return f" Did you mean `{path + '.' if path else ''}{near[0]}`?" if near else f" Known: {', '.join(hints)}."
 
 
 def _convert(value: Any, hint: Any) -> Any:

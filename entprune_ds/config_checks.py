@@ -30,10 +30,9 @@ def problems_of(config: Config) -> list[str]:
     def one_of(key: str, got: Any, known: tuple) -> None:
         require(got in known, f"`{key}` must be one of {', '.join(map(str, known))}, got {got}.")
 
-    plain_name = (
-        bool(config.run.name) and config.run.name not in (".", "..") and not set(config.run.name) & set("/\\\0")
-    )
-    require(plain_name, f"`run.name` must be one folder name, got {config.run.name!r}.")
+    name = config.run.name
+    plain_name = bool(name) and name == name.strip() and name not in (".", "..") and not set(name) & set("/\\\0")
+    require(plain_name, f"`run.name` must be one folder name, got {name!r}.")
     positive("run", config.run, "timeout_seconds")
     found += model_problems(model)
     if model.process in SAMPLERS:
@@ -118,6 +117,8 @@ def model_problems(model: ModelConfig) -> list[str]:
     if not found:
         width, heads, patch = model.hidden_size, model.num_heads, model.patch_size
         require(width % heads == 0, f"`model.num_heads` must divide `model.hidden_size` ({width}), got {heads}.")
+        mlp = int(width * model.mlp_ratio)
+        require(mlp > 0, f"`model.mlp_ratio` leaves no MLP at `model.hidden_size` {width}, got {model.mlp_ratio}.")
         require(width % 4 == 0, f"`model.hidden_size` must be a multiple of 4, got {width}.")
         divides = model.input_size % patch == 0
         require(divides, f"`model.patch_size` must divide `model.input_size` ({model.input_size}), got {patch}.")

@@ -497,3 +497,14 @@ def test_a_preset_that_gives_a_key_twice_is_refused_with_the_key(tmp_path):
     (line,) = problems(f"preset={path}")
     assert "`num_steps` is given twice" in line
     assert "line 2" in line
+
+
+def test_a_setting_without_its_section_is_named_with_it():
+    assert problems("num_samples=4") == ["`num_samples` is not a setting. Did you mean `sample.num_samples`?"]
+    [text] = problems("num_steps=5")
+    assert "`train.num_steps` or `sample.num_steps`" in text
+
+
+@pytest.mark.parametrize("name", [" x", "x ", " ", "a/b", ""])
+def test_a_run_name_is_one_folder_name_without_blanks_around_it(name):
+    assert problems(f"run.name={name}") == [f"`run.name` must be one folder name, got {name!r}."]

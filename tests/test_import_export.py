@@ -140,3 +140,14 @@ def test_an_output_that_cannot_be_written_is_refused(official, ours, tmp_path, c
     for form, name in (("official", "x.pt"), ("diffusers", "x"), ("entprune", "x")):
         words = [f"src={ours}", f"out={tmp_path / 'file' / name}", f"format={form}"]
         assert "cannot write" in refused(capsys, export, *words)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_sampling(ours, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "draw", lambda *_: pytest.fail("it has begun to sample"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "000000.png").write_text("")
+    model = [f"weights={ours}", "sample.num_samples=4"]
+    assert "is a file" in refused(capsys, sample, *model, f"out={tmp_path / 'file' / 'x.npz'}")
+    for name in ("file", "full"):
+        assert "exists already" in refused(capsys, sample, *model, f"out={tmp_path / name}")

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         words, folder = with_run(split_shortcuts(words, {"out": "sample.out", "weights": "model.weights"}), "sample")
         config = load_config(words, check=_problems)
         out = Path(config.sample.out or (folder / "samples" / "final.npz" if folder else "samples.npz"))
+        check_output(out)
         images, labels, protocol = draw(config, Path(config.model.weights))
         save(images, labels, protocol, out, config.sample.grid)
     except ConfigError as error:
@@ -115,6 +116,19 @@ def draw(config: Config, weights: Path) -> tuple[np.ndarray, np.ndarray, dict[st
         **(vae.protocol if vae else {"vae": "none (pixels)"}),
     }  # fmt: skip
     return images, labels.numpy(), protocol
+
+
+def check_output(out: Path) -> None:
+    """Refuse what cannot be written before hours are spent on it.
+
+    Raises:
+        ValueError: a folder with files in it, a file that is no .npz, or a parent that is a file.
+    """
+    blocked = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
+    if blocked is not None:
+        raise ValueError(f"`out`: {blocked} is a file, so {out} cannot be written. Choose another `out`.")
+    if out.suffix != ".npz" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"`out`: {out} exists already. Empty it, or choose another folder (or a path in .npz).")
 
 
 def grid_path(out: Path) -> Path:
