@@ -132,6 +132,13 @@ def test_what_stays_broken_is_an_error_with_a_remedy_and_the_cursor_stays(server
         assert same([(b.latents, b.labels) for b in rest], whole[before["batches"] :]) and stream.state() == end
 
 
+def test_a_byte_that_arrives_starts_the_count_of_attempts_anew(server, monkeypatch):
+    monkeypatch.setattr(web, "ATTEMPTS", 3)
+    server.cuts = {"shard-000000.tar": [300] * 8}
+    content = (server.folder / "shard-000000.tar").read_bytes()
+    assert WebFile(Url(f"{server.url}/shard-000000.tar")).read(len(content) + 5) == content
+
+
 def test_a_changed_file_is_noticed(server):
     index = load_index(server.url)
     path = server.folder / "shard-000004.tar"
