@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from entprune_ds.config_data import DataConfig
+from entprune_ds.config_sampling import EvalConfig, SampleConfig
+
 NOT_ARCHITECTURE = ("weights", "compile", "activation_checkpointing")
 """Settings of `model` that do not change which function the model computes."""
 
@@ -75,58 +78,6 @@ class DiffusionConfig:
     """process=sit: what the model predicts: velocity, score or noise."""
     loss_weight: str = "none"
     """process=sit: weight of score and noise losses over t: none, velocity or likelihood."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    shards: str = ""
-    """Training shards: a folder written by `entprune-ds shards`, a brace pattern of tar files, or http(s) URLs of
-    either."""
-    val_shards: str = ""
-    """Validation shards, in the same forms; empty means SHARDS/../val where it exists."""
-    num_readers: int = 64
-    """Virtual readers that define the order of examples; the data-parallel size must divide it, it must divide
-    train.global_batch_size, and there must be as many shards."""
-    shuffle_buffer: int = 1024
-    """Examples that one reader shuffles together; a rank holds that many for each reader of it (32 KiB each for 4x32x32
-    latents from moments)."""
-    num_workers: int = 2
-    """Processes that read for each rank, at most one per reader of it; 0 reads in the training process. They do not
-    change the order. `shards` command: processes that read and crop images side by side; 0 works in this one."""
-    prefetch: int = 4
-    """Batches that the workers of a rank prepare ahead, in shared memory."""
-    max_skipped: int = 16
-    """Damaged examples that may be skipped in the run (each is counted once and reported); one more ends it. A missing
-    shard, or one whose size or checksum is wrong, is always an error."""
-    allow_pipe: bool = False
-    """Whether shards may be `pipe:` and a shell command that prints them, such as `pipe:aws s3 cp s3://b/{0..9}.tar -`.
-    Counts on the command line only, not in a preset: it runs a shell."""
-    flip: bool = False
-    """Mirror each example with probability 1/2, anew in every epoch; for shards of pixels and of moments."""
-    latent_scale: float = 0.18215
-    """Factor of the latents that are drawn from moments (0.18215 for the VAE of DiT and SiT)."""
-    out: str = ""
-    """`shards` and `encode` commands: the folder to write."""
-    shard_size: int = 128
-    """`shards` command: examples per tar file."""
-    source: str = "digits"
-    """`shards` command: folder (of images, one sub-folder per class), csv, webdataset (tars of images) or digits."""
-    src: str = ""
-    """`shards` command: the image folder, the CSV file, or the folder or brace pattern of tars."""
-    image_size: int = 256
-    """`shards` command: side of the square pixels that are stored."""
-    num_classes: int | None = None
-    """`shards` command: labels lie below it; null means as many classes as the source has."""
-    val_fraction: float = 0.0
-    """`shards` command: share of the images for OUT/val, drawn by run.seed; 0 for sources that have a folder val."""
-    max_unreadable: float = 0.01
-    """`shards` command: largest share of the images that may be unreadable."""
-    max_pixels: int = 100_000_000
-    """`shards` command: largest width x height of an image; larger ones count as unreadable."""
-    encode_batch: int = 32
-    """`encode` command: images that the VAE encodes together."""
-    encode_dtype: str = "float32"
-    """`encode` command: precision of the VAE: float32 or bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,66 +160,6 @@ class PruneConfig:
     """Precision of the scoring passes: float32 or float64."""
     score_only: bool = False
     """Run every check and record its decision, but remove nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    sampler: str = "euler"
-    """process=sit: euler, heun, dopri5 (ODE) or sde (Euler-Maruyama); process=dit: ddpm or ddim."""
-    num_steps: int = 25
-    """Sampler steps (dopri5 chooses its own)."""
-    atol: float = 1e-6
-    """dopri5: absolute tolerance."""
-    rtol: float = 1e-3
-    """dopri5: relative tolerance."""
-    sde_diffusion: str = "sigma"
-    """sde: diffusion coefficient: constant, sbdm, sigma, linear, decreasing or increasing-decreasing."""
-    sde_norm: float = 1.0
-    """sde: factor of the diffusion coefficient."""
-    sde_last_step: str = "mean"
-    """sde: last step: none, mean, tweedie or euler."""
-    sde_last_step_size: float = 0.04
-    """sde: size of the last step."""
-    ddim_eta: float = 0.0
-    """ddim: 0 is deterministic, 1 has the noise of ddpm."""
-    cfg_scale: float = 1.0
-    """Classifier-free guidance scale; 1 is no guidance."""
-    cfg_channels: int | None = None
-    """Channels that are guided: 3 is the published protocol of DiT and SiT; null guides all."""
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    """Part of the sampling in which guidance acts, from 0 (pure noise) to 1 (data)."""
-    vae: str = ""
-    """Decoder of latents: folder or hub name of a diffusers AutoencoderKL; empty for models of pixels."""
-    vae_revision: str = ""
-    """Revision of a hub name; recorded with the samples."""
-    num_samples: int = 1797
-    """Samples to draw; labels follow `labels`."""
-    batch_size: int = 256
-    """Samples drawn together."""
-    seed: int = 0
-    """Seed; every sample has its own stream, so the number of ranks and the batch do not matter."""
-    labels: str = "uniform"
-    """Labels: uniform (independent uniform draws) or balanced (0, 1, 2, ... repeated)."""
-    out: str = ""
-    """Output: a folder of PNG files, or a path ending in .npz."""
-    grid: int = 80
-    """Samples shown in the PNG grid."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    baseline: str = ""
-    """Model folder to compare with (the unpruned base); empty evaluates one model only."""
-    latency_batches: tuple[int, ...] = (1, 64)
-    """Batch sizes of the latency measurement."""
-    latency_repeats: int = 15
-    """Interleaved repeats of the latency measurement; the median counts."""
-    samples: str = ""
-    """Samples of the model, an npz written by `entprune-ds sample`; empty draws them now."""
-    baseline_samples: str = ""
-    """Samples of the baseline, likewise."""
-    out: str = ""
-    """JSON file of the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)

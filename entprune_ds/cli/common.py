@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from entprune_ds import config_schema
+from entprune_ds import config_data, config_sampling, config_schema
 from entprune_ds.config import PRESETS, Config, ConfigError, load_config
 
 GRAMMAR = """\
@@ -41,9 +42,9 @@ def help_text(head: str, sections: list[str]) -> str:
 
 
 def _field_docs() -> dict[str, dict[str, str]]:
-    """{class: {field: the docstring under it}} of config_schema.py."""
-    tree, docs = ast.parse(Path(config_schema.__file__).read_text()), {}
-    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    """{class: {field: the docstring under it}} of the settings."""
+    trees, docs = [ast.parse(inspect.getsource(m)) for m in (config_schema, config_data, config_sampling)], {}
+    for cls in (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)):
         docs[cls.name] = {
             field.target.id: str(text.value.value)
             for field, text in zip(cls.body, cls.body[1:], strict=False)
