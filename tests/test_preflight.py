@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -321,6 +322,18 @@ def test_weights_of_the_same_architecture_are_accepted(job, weights):
     assert job.problems(f"model.weights={weights}", KEPT) == []
     assert job.problems(f"model.weights={weights}", "model.kept_blocks=[0,2,7]") == []
     assert job.problems(f"model.weights={weights}", KEPT, "prune.target_depth=5") == []
+
+
+def test_weights_that_predict_something_else_are_refused(job, weights):
+    facts = json.loads((weights / "config.json").read_text())
+    facts["diffusion"] = {"path": "vp", "prediction": "noise", "loss_weight": "velocity"}
+    (weights / "config.json").write_text(json.dumps(facts))
+    found = job.problems(f"model.weights={weights}", KEPT)
+    assert found == [
+        f"`diffusion.path` is linear, but {weights} was trained with vp. Set that value.",
+        f"`diffusion.prediction` is velocity, but {weights} was trained with noise. Set that value.",
+    ]
+    assert job.problems(f"model.weights={weights}", KEPT, "diffusion.path=vp", "diffusion.prediction=noise") == []
 
 
 def test_weights_of_another_architecture_are_refused_with_both_values(job, weights):

@@ -54,17 +54,14 @@ def _problems(config: Config) -> list[str]:
 
 def sampling_problems(config: Config, weights: Path, key: str = "model.weights") -> list[str]:
     """Problems of sampling an export, which the setting `key` names: its architecture counts, not the settings'."""
-    from entprune_ds.interop.weights import describe_any
+    from entprune_ds.interop.weights import describe_any, diffusion_problems
 
     try:
         model, facts = describe_any(weights, config.model)
     except ValueError as error:
         return [*problems_of(config), f"`{key}`: {error}"]
     found = problems_of(replace(config, model=model, prune=PruneConfig()))
-    for name, trained in facts.get("diffusion", {}).items():
-        got = getattr(config.diffusion, name, None)
-        if model.process == "sit" and name != "loss_weight" and got != trained:
-            found.append(f"`diffusion.{name}` is {got}, but {weights} was trained with {trained}. Set that value.")
+    found += diffusion_problems(config.diffusion, model, facts, weights)
     return found
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from entprune_ds.config import ModelConfig, to_dict
+from entprune_ds.config import DiffusionConfig, ModelConfig, to_dict
 from entprune_ds.interop.diffusers import open_diffusers, transformer_folder
 from entprune_ds.interop.official import open_official
 from entprune_ds.interop.safetensors import FORMAT, open_export
@@ -15,6 +15,8 @@ from entprune_ds.interop.tensors import Reader
 from entprune_ds.logs import get_logger
 from entprune_ds.models.dit import DiT
 
+MEANING = ("path", "prediction")
+"""Diffusion settings that say what the output of a model means."""
 KNOWN = "Known: an export folder, an official .pt or .safetensors file, a diffusers DiTPipeline or transformer folder."
 
 
@@ -97,6 +99,16 @@ def _opened(path: Path, assumed: ModelConfig) -> Source:
 
 def _facts(source: Source) -> dict[str, Any]:
     return {"model": to_dict(source.model), "kept_blocks": list(source.model.blocks), **source.facts}
+
+
+def diffusion_problems(wanted: DiffusionConfig, model: ModelConfig, facts: dict[str, Any], path: Path) -> list[str]:
+    """Diffusion settings that differ from those a flow model was trained with, where its facts say them."""
+    trained = facts.get("diffusion", {}) if model.process == "sit" else {}
+    differ = {k: v for k, v in trained.items() if k in MEANING and getattr(wanted, k) != v}
+    return [
+        f"`diffusion.{k}` is {getattr(wanted, k)}, but {path} was trained with {v}. Set that value."
+        for k, v in differ.items()
+    ]
 
 
 def architecture_problems(wanted: ModelConfig, path: Path) -> list[str]:
