@@ -246,3 +246,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_silently_restarted(digits
         path.write_bytes(data)
     with pytest.raises(comm.DistributedError, match="none of the 3 checkpoints"):
         find_checkpoint(root, warnings.append)
+
+
+def test_pictures_that_cannot_be_written_do_not_end_the_training(digits, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "samples").write_text("a file where the folder of pictures should be")
+    more = ["train.num_steps=4", "prune.end_step=4", "monitor.sample_every=2"]
+    assert run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "a", *more)]) == [[0]]
+    assert (tmp_path / "a" / "model" / "config.json").is_file()
