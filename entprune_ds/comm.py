@@ -85,7 +85,21 @@ def init(timeout_seconds: int) -> bool:
     import deepspeed
 
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    if device().type == "cpu":
+        _unlink_shared_buffer()
     return True
+
+
+def _unlink_shared_buffer() -> None:
+    """Take the name of DeepSpeed's shared-memory buffer (66 MiB a rank) away; nothing else would ever free it.
+
+    All ranks have mapped all buffers when the groups are there; the memory then goes with the last process, however
+    that ends.
+    """
+    barrier()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def prepare_environment() -> None:
