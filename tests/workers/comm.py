@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from entprune_ds import comm
@@ -50,11 +47,4 @@ def collectives() -> dict:
         "both_failed": raised(comm.raise_together, f"rank {rank} failed"),
         "alike_failed": raised(comm.raise_together, "no shard"),
         "still_alive": comm.all_gather_json(rank),
-        "left_in_shared_memory": shared_buffers(),
     }
-
-
-def shared_buffers() -> list[str]:
-    """Names of DeepSpeed's buffers of this job; memory under a name outlives every process."""
-    pattern = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*"
-    return [path.name for path in Path("/dev/shm").glob(pattern)]
