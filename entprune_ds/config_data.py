@@ -24,8 +24,8 @@ class DataConfig:
     prefetch: int = 4
     """Batches that the workers of a rank prepare ahead, in shared memory."""
     max_skipped: int = 16
-    """Damaged examples that may be skipped in the run (each is counted once and reported); one more ends it. A missing
-    shard, or one whose size or checksum is wrong, is always an error."""
+    """Different damaged examples that may be skipped in the run, each reported once; one more ends it. (The metric
+    data/skipped counts every skip, in all epochs.) A missing shard, or a wrong size or checksum, is always an error."""
     allow_pipe: bool = False
     """Whether shards may be `pipe:` and a shell command that prints them, such as `pipe:aws s3 cp s3://b/{0..9}.tar -`.
     Counts on the command line only, not in a preset: it runs a shell."""

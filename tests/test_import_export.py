@@ -151,3 +151,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_sampling(ours, t
     assert "is a file" in refused(capsys, sample, *model, f"out={tmp_path / 'file' / 'x.npz'}")
     for name in ("file", "full"):
         assert "exists already" in refused(capsys, sample, *model, f"out={tmp_path / name}")
+
+
+def test_latents_are_not_sampled_as_if_they_were_images(tmp_path, capsys):
+    torch.save(random_official(depth=2, **(SIZES | {"channels": 4})).state_dict(), tmp_path / "latent.pt")
+    words = [f"weights={tmp_path / 'latent.pt'}", f"out={tmp_path / 'x.npz'}", *STATED, "model.in_channels=4"]
+    assert "`sample.vae` is missing" in refused(capsys, sample, *words, "model.hidden_size=32")

@@ -62,6 +62,9 @@ def sampling_problems(config: Config, weights: Path, key: str = "model.weights")
         return [*problems_of(config), f"`{key}`: {error}"]
     found = problems_of(replace(config, model=model, prune=PruneConfig()))
     found += diffusion_problems(config.diffusion, model, facts, weights)
+    if model.in_channels not in (1, 3) and not config.sample.vae:
+        message = f"`sample.vae` is missing: {weights} makes latents of {model.in_channels} channels, not images. "
+        found.append(message + "Give the VAE that they were encoded with, e.g. sample.vae=stabilityai/sd-vae-ft-ema.")
     return found
 
 
