@@ -12,7 +12,7 @@ from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import batch_plan, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
-from entprune_ds.interop.weights import architecture_problems, describe_any, diffusion_problems
+from entprune_ds.interop.weights import starting_problems
 
 CHECKSUM_LIMIT = 2**30
 """Shards up to this many bytes are verified whole before the start; larger ones when first opened."""
@@ -48,18 +48,12 @@ def training_problems(config: Config) -> list[str]:
     found += _data_problems(config)
     resuming = bool(step_folders(config.run_dir / "checkpoints"))
     if config.model.weights and not resuming:
-        found += _weights_problems(config, Path(config.model.weights))
+        found += starting_problems(config.model, config.diffusion, Path(config.model.weights))
     entropy = prune.target_depth is not None and CRITERIA[prune.criterion].needs_entropy
     if entropy and prune.start_step == 0 and not config.model.weights and not resuming:
         message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
         found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
     return found + _resume_problems(config)
-
-
-def _weights_problems(config: Config, weights: Path) -> list[str]:
-    """Starting weights of another architecture, or that predict something else."""
-    found = architecture_problems(config.model, weights)
-    return found or diffusion_problems(config.diffusion, *describe_any(weights, config.model), weights)
 
 
 def validation_spec(config: Config) -> str:

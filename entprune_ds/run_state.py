@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from entprune_ds import comm
+from entprune_ds.atomic import write_text
 from entprune_ds.config import Config, ModelConfig, to_dict, to_yaml
 from entprune_ds.data.stream import Stream, merge_states
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
@@ -19,12 +20,11 @@ from entprune_ds.engine.checkpoint import (
     load_checkpoint,
     prune_old,
     save_checkpoint,
-    write_text,
 )
 from entprune_ds.engine.state import Piece, write_state
 from entprune_ds.environment import environment, launch_command
 from entprune_ds.faults import check_space
-from entprune_ds.interop.weights import read_any
+from entprune_ds.interop.weights import opened
 from entprune_ds.logs import get_logger
 from entprune_ds.models.registry import count_parameters
 from entprune_ds.monitor.interface import Monitor
@@ -142,7 +142,7 @@ def rewind_samples(folder: Path, step: int) -> None:
 
 def load_weights(engine: Engine, path: Path, model: ModelConfig) -> None:
     """Fill a new engine from a model of any known format: zero moments, EMA equal to the weights. Collective."""
-    tensor = read_any(path, model)
+    tensor = opened(path, model).read
 
     def read(piece: Piece) -> dict[str, Tensor]:
         return fresh_state(tensor(piece.name).reshape(-1)[piece.start : piece.stop].clone())

@@ -20,6 +20,7 @@ FLOORS = (
         "config_sampling",
         "config_checks",
         "plain_yaml",
+        "atomic",
         "comm",
         "rng",
         "logs",

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from entprune_ds.cli import export, import_, sample
-from entprune_ds.interop.weights import architecture_problems, open_weights
+from entprune_ds.config import DiffusionConfig
+from entprune_ds.interop.weights import open_weights, starting_problems
 from tests.ranks import run_ranks
 from tests.reference.official import OfficialDiT, random_official
 from tests.test_training import words as training_words
@@ -91,9 +92,12 @@ def test_a_training_starts_from_an_official_file_and_its_exports_carry_the_licen
 
 def test_settings_that_differ_from_the_weights_are_listed(official):
     wanted = open_weights(official, given={"process": "sit", "num_heads": 2}).model
-    assert architecture_problems(wanted, official) == []
-    assert architecture_problems(replace(wanted, compile=True, activation_checkpointing=True), official) == []
-    [text] = architecture_problems(replace(wanted, num_classes=4), official)
+    assert starting_problems(wanted, DiffusionConfig(), official) == []
+    assert (
+        starting_problems(replace(wanted, compile=True, activation_checkpointing=True), DiffusionConfig(), official)
+        == []
+    )
+    [text] = starting_problems(replace(wanted, num_classes=4), DiffusionConfig(), official)
     assert "has 10" in text and f"import src={official} out=DIR model.num_classes=4" in text
 
 

@@ -11,16 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from entprune_ds.config import DiffusionConfig
 from entprune_ds.interop.safetensors import (
-    load_model,
+    open_export,
     read_export,
     save_model,
-    tensor_reader,
 )
 from entprune_ds.interop.tensors import key_report
-from entprune_ds.interop.weights import architecture_problems
+from entprune_ds.interop.weights import starting_problems
 from entprune_ds.models.dit import DiT
-from tests.tiny import MODEL
+from tests.tiny import MODEL, load_model
+
+DIFFUSION = DiffusionConfig()
 
 KEPT = (0, 2, 3)
 CONFIG = replace(MODEL, kept_blocks=KEPT, learn_sigma=True)
@@ -131,11 +133,11 @@ def test_a_failed_export_leaves_the_older_one_as_it_was(folder):
 
 
 def test_a_reader_gives_single_tensors_in_single_precision(folder):
-    read = tensor_reader(folder)
+    read = open_export(folder).read
     for name, p in random_model().named_parameters():
         assert torch.equal(read(name), p)
     edit_weights(folder, lambda t: t.update({"final_layer.linear.bias": t["final_layer.linear.bias"].bfloat16()}))
-    assert tensor_reader(folder)("final_layer.linear.bias").dtype == torch.float32
+    assert open_export(folder).read("final_layer.linear.bias").dtype == torch.float32
 
 
 # ---------------------------------------------------------------- faults
@@ -192,7 +194,7 @@ def test_damaged_weights_are_refused_by_name(folder, size):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:size])
     assert str(folder / "model.safetensors") in refusal(folder)
-    assert architecture_problems(CONFIG, folder) != []
+    assert starting_problems(CONFIG, DIFFUSION, folder) != []
 
 
 @pytest.mark.parametrize(
@@ -222,13 +224,13 @@ def test_key_reports_are_empty_where_all_fits_and_sorted_otherwise():
 
 
 def test_an_architecture_that_fits_has_no_problems(folder):
-    assert architecture_problems(CONFIG, folder) == []
-    assert architecture_problems(replace(CONFIG, weights="anything"), folder) == []
-    assert architecture_problems(replace(CONFIG, kept_blocks=(0, 3)), folder) == []
+    assert starting_problems(CONFIG, DIFFUSION, folder) == []
+    assert starting_problems(replace(CONFIG, weights="anything"), DIFFUSION, folder) == []
+    assert starting_problems(replace(CONFIG, kept_blocks=(0, 3)), DIFFUSION, folder) == []
 
 
-def test_architecture_problems_list_both_values_of_every_difference(folder):
-    found = architecture_problems(replace(CONFIG, hidden_size=64, num_classes=10), folder)
+def test_starting_problems_list_both_values_of_every_difference(folder):
+    found = starting_problems(replace(CONFIG, hidden_size=64, num_classes=10), DIFFUSION, folder)
     assert len(found) == 2
     assert f"`model.hidden_size` is 64, but `model.weights` ({folder}) has 32. Make them equal." in found
     [classes] = [text for text in found if "num_classes" in text]
@@ -238,10 +240,10 @@ def test_architecture_problems_list_both_values_of_every_difference(folder):
 
 @pytest.mark.parametrize(("kept", "missing"), [((0, 1), [1]), (None, [1]), ((1,), [1])])
 def test_blocks_that_an_export_no_longer_has_are_named_with_those_it_has(folder, kept, missing):
-    [text] = architecture_problems(replace(CONFIG, kept_blocks=kept), folder)
+    [text] = starting_problems(replace(CONFIG, kept_blocks=kept), DIFFUSION, folder)
     assert f"no longer has blocks {missing}. Set model.kept_blocks=[0, 2, 3]" in text
 
 
 def test_an_unreadable_export_is_one_problem_of_the_setting(tmp_path):
-    [text] = architecture_problems(CONFIG, tmp_path)
+    [text] = starting_problems(CONFIG, DIFFUSION, tmp_path)
     assert text.startswith("`model.weights`: ") and "config.json is missing" in text

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entprune_ds.interop.safetensors import load_model
 from tests.ranks import run_ranks
+from tests.tiny import load_model
 
 FULL = pytest.mark.full
 TINY = [

@@ -24,6 +24,13 @@ def wants_help(words: list[str]) -> bool:
     return bool({"-h", "--help"} & set(words))
 
 
+def launched_words(argv: list[str] | None) -> tuple[list[str], bool]:
+    """The words of a command that a launcher starts on every rank, and whether --dry-run was among them."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    kept = [w for w in words if w != "--dry-run" and not w.startswith("--local_rank=")]  # older launchers add it
+    return kept, "--dry-run" in words
+
+
 def help_text(head: str, sections: list[str]) -> str:
     """Command help: its own text, the grammar, and every setting of the named sections with its default."""
     presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))

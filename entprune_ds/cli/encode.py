@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help
+from entprune_ds.cli.common import help_text, launched_words, refuse, split_shortcuts, wants_help
 from entprune_ds.config import Config, ConfigError, load_config
 from entprune_ds.config_checks import image_problems
 
@@ -36,13 +36,10 @@ SECTIONS = ["data"]
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 failed on the way, 2 refused before any work."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    words = [w for w in words if not w.startswith("--local_rank=")]  # older launchers add it
+    words, dry_run = launched_words(argv)
     if wants_help(words):
         print(help_text(HELP, SECTIONS))
         return 0
-    dry_run = "--dry-run" in words
-    words = [w for w in words if w != "--dry-run"]
     try:
         config = load_config(split_shortcuts(words, {"out": "data.out"}), check=_problems)
         folders = find_folders(config)

@@ -120,20 +120,21 @@ def figures(config: Config, weights: Path, samples: str, references: dict, extra
     """Sample figures of one model, and the protocol of its samples."""
     from entprune_ds.evaluation.fid import evaluate_samples
     from entprune_ds.evaluation.images import load_npz
-    from entprune_ds.interop.weights import describe_any
+    from entprune_ds.interop.weights import open_weights
     from entprune_ds.models.registry import count_parameters
 
     if samples:
         (images, labels), protocol = load_npz(samples), json.loads(protocol_path(Path(samples)).read_text())
     else:
         images, labels, protocol = draw(config, weights)
-    model, facts = describe_any(weights, config.model)
-    if (protocol["step"], protocol["kept_blocks"]) != (facts["step"], facts["kept_blocks"]):
+    source = open_weights(weights, assumed=config.model)
+    model, step, kept = source.model, source.facts["step"], list(source.model.blocks)
+    if (protocol["step"], protocol["kept_blocks"]) != (step, kept):
         drawn = f"{samples} was drawn from blocks {protocol['kept_blocks']} at step {protocol['step']}"
-        held = f"{weights} holds {facts['kept_blocks']} at step {facts['step']}"
+        held = f"{weights} holds {kept} at step {step}"
         raise ValueError(f"{drawn}, but {held}. Run `entprune-ds sample` again.")
-    size = {"depth": len(model.blocks), "original_depth": model.depth, "kept_blocks": list(model.blocks)}
-    size |= {"parameters": count_parameters(model), "step": facts["step"]}
+    size = {"depth": len(model.blocks), "original_depth": model.depth, "kept_blocks": kept}
+    size |= {"parameters": count_parameters(model), "step": step}
     return size | evaluate_samples(images, labels, references, extractor), protocol
 
 
@@ -141,12 +142,12 @@ def latency(config: Config, weights: dict[str, Path], result: dict[str, Any]) ->
     """Median latency per model (put into `result`), and the speed-up as the median of paired ratios."""
     from entprune_ds import comm
     from entprune_ds.evaluation.latency import measure_latency, speedup
-    from entprune_ds.interop.weights import load_any
+    from entprune_ds.interop.source import loaded_model
+    from entprune_ds.interop.weights import opened
 
-    models: dict[str, Any] = {
-        name: load_any(folder, config.model)[0].to(comm.device()) for name, folder in weights.items()
-    }
-    m = config.model
+    sources = {name: opened(folder, config.model) for name, folder in weights.items()}
+    models: dict[str, Any] = {name: loaded_model(source).to(comm.device()) for name, source in sources.items()}
+    m = sources["pruned"].model
     measured = measure_latency(
         models, batch_sizes=config.evaluate.latency_batches, shape=(m.in_channels, m.input_size, m.input_size),
         num_classes=m.num_classes, repeats=config.evaluate.latency_repeats, device=comm.device(),

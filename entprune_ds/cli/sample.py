@@ -54,14 +54,15 @@ def _problems(config: Config) -> list[str]:
 
 def sampling_problems(config: Config, weights: Path, key: str = "model.weights") -> list[str]:
     """Problems of sampling an export, which the setting `key` names: its architecture counts, not the settings'."""
-    from entprune_ds.interop.weights import describe_any, diffusion_problems
+    from entprune_ds.interop.weights import diffusion_problems, open_weights
 
     try:
-        model, facts = describe_any(weights, config.model)
+        source = open_weights(weights, assumed=config.model)
     except ValueError as error:
         return [*problems_of(config), f"`{key}`: {error}"]
+    model = source.model
     found = problems_of(replace(config, model=model, prune=PruneConfig()))
-    found += diffusion_problems(config.diffusion, model, facts, weights)
+    found += diffusion_problems(config.diffusion, source, weights)
     if model.in_channels not in (1, 3) and not config.sample.vae:
         message = f"`sample.vae` is missing: {weights} makes latents of {model.in_channels} channels, not images. "
         found.append(message + "Give the VAE that they were encoded with, e.g. sample.vae=stabilityai/sd-vae-ft-ema.")
@@ -69,31 +70,28 @@ def sampling_problems(config: Config, weights: Path, key: str = "model.weights")
 
 
 def draw(config: Config, weights: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Samples of an exported model.
+    """Samples of a model whose `sampling_problems` are none.
 
     Returns:
         images uint8 (N,H,W,C), labels i64 (N,), and the protocol as plain values.
 
     Raises:
-        ValueError: when the export cannot be read, or the settings of the sampler do not fit it.
+        ValueError: when the weights cannot be read.
     """
     import torch
 
     from entprune_ds import comm
     from entprune_ds.diffusion.sampling import build_sampler, sampling_protocol
     from entprune_ds.evaluation.generate import generate, make_labels
+    from entprune_ds.interop.source import loaded_model
     from entprune_ds.interop.vae import load_vae
-    from entprune_ds.interop.weights import describe_any, load_any
+    from entprune_ds.interop.weights import opened
     from entprune_ds.logs import progress
 
-    sample = config.sample
-    wrong = sampling_problems(config, weights)
-    if wrong:
-        raise ConfigError(wrong)
-    architecture, _ = describe_any(weights, config.model)
-    model, facts = load_any(weights, config.model)
+    sample, source = config.sample, opened(weights, config.model)
+    architecture, facts = source.model, source.facts
     vae = load_vae(sample.vae, sample.vae_revision, comm.device()) if sample.vae else None
-    model.to(comm.device())
+    model = loaded_model(source).to(comm.device())
     sampler = build_sampler(architecture, config.diffusion, sample)
     labels = make_labels(sample.labels, sample.num_samples, architecture.num_classes, sample.seed)
     side = architecture.input_size
@@ -111,8 +109,8 @@ def draw(config: Config, weights: Path) -> tuple[np.ndarray, np.ndarray, dict[st
     protocol = {
         "num_samples": sample.num_samples, **sampling_protocol(architecture, config.diffusion, sample),
         "labels": sample.labels, "seed": sample.seed, "weights": facts["weights"],
-        "tf32": bool(torch.backends.cuda.matmul.allow_tf32), "depth": len(facts["kept_blocks"]),
-        "kept_blocks": facts["kept_blocks"], "step": facts["step"], "model": str(weights),
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32), "depth": len(architecture.blocks),
+        "kept_blocks": list(architecture.blocks), "step": facts["step"], "model": str(weights),
         **(vae.protocol if vae else {"vae": "none (pixels)"}),
     }  # fmt: skip
     return images, labels.numpy(), protocol

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from entprune_ds.cli.common import help_text, refuse, wants_help
+from entprune_ds.cli.common import help_text, launched_words, refuse, wants_help
 from entprune_ds.config import ConfigError, load_config, to_yaml
 
 HELP = """\
@@ -25,13 +25,10 @@ SECTIONS = ["run", "model", "data", "train", "parallel", "prune", "sample", "mon
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 2 refused before any work."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    words = [w for w in words if not w.startswith("--local_rank=")]  # older launchers add it
+    words, dry_run = launched_words(argv)
     if wants_help(words):
         print(help_text(HELP, SECTIONS))
         return 0
-    dry_run = "--dry-run" in words
-    words = [w for w in words if w != "--dry-run"]
     try:
         if dry_run:
             return describe(words)

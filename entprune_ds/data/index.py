@@ -5,7 +5,6 @@ The folder may also lie on an http(s) server; its tars are then checked when the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from urllib.parse import unquote
 from braceexpand import braceexpand
 
 from entprune_ds import config
+from entprune_ds.atomic import file_sha256
 from entprune_ds.data.latents import KINDS, REMEDY, ShardError, latent_shape, shape_problem
 from entprune_ds.data.pipe import PipeFile
 from entprune_ds.data.places import Pipe, Place, Url, from_text, is_url, parse_pipe, parse_url, to_text
@@ -224,9 +224,3 @@ def shard_problems(index: Index, shard: Shard, checksums: bool) -> list[str]:
     except OSError as error:
         return [f"{path} cannot be read ({error.strerror}). Check its permissions and the disk."]
     return []
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a local file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from entprune_ds.atomic import replacing
 from entprune_ds.data.index import INDEX, Index, Shard, shard_problems
 from entprune_ds.data.latents import Example, ShardError, checked_examples
-from entprune_ds.data.shards import replacing, write_index, write_shard
+from entprune_ds.data.shards import write_index, write_shard
 
 PLAN = "plan.json"
 SKIPPED = "skipped.csv"

@@ -6,15 +6,14 @@ The index is written last: a folder with an index is complete.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from entprune_ds.data.index import FORMAT, INDEX, Index, Shard, check_shards, file_sha256, load_index
+from entprune_ds.atomic import file_sha256, replacing
+from entprune_ds.data.index import FORMAT, INDEX, Index, Shard, check_shards, load_index
 from entprune_ds.data.latents import KINDS, Example, ShardError, checked_examples, write_tar
 
 
@@ -96,24 +95,3 @@ def write_shard(path: Path, examples: list[Example], kind: str, repair: bool) ->
         if not repair and path.exists() and file_sha256(path) != shard.sha256:
             raise ShardError(f"{path} exists with other content, without {INDEX}. Choose another `out`, or delete it.")
     return shard
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path`, safely on disk, when the body succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process at work keeps its own
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,6 @@ A folder appears under its final name only when it is complete: temporary name, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from entprune_ds import comm
+from entprune_ds.atomic import file_sha256, sync, write_text
 from entprune_ds.engine.build import Engine
 from entprune_ds.engine.state import KEYS, Piece, state_tensor, write_state
 
@@ -88,10 +88,10 @@ def save_checkpoint(engine: Engine, root: Path, step: int, record: dict[str, Any
         }  # fmt: skip
         try:
             write_text(temporary / "manifest.json", json.dumps(manifest, allow_nan=False))
-            sync_folder(temporary)
+            sync(temporary)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
-            sync_folder(root)
+            sync(root)
             write_text(root / "latest", final.name)
         except OSError as problem:
             error = _disk_error(final, problem)
@@ -120,34 +120,8 @@ def _write_pieces(engine: Engine, path: Path) -> dict[str, Any]:
                     raise FloatingPointError(f"{key} of {piece.name} is not finite: no checkpoint written. {REMEDY}")
                 tensors[f"{key}/{piece.name}"] = value.cpu().clone()
     save_file(tensors, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path), "ranges": ranges}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old or the new content: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync(path)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "ranges": ranges}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -192,7 +166,7 @@ def _problems(folder: Path) -> list[str]:
             path = folder / entry["name"]
             if path.stat().st_size != entry["bytes"]:
                 return [f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"]
-            if sha256_of(path) != entry["sha256"]:
+            if file_sha256(path) != entry["sha256"]:
                 return [f"{path.name} has a wrong checksum"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{type(error).__name__}: {error}"]

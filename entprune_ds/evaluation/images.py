@@ -5,7 +5,6 @@ Files and folders appear whole or not at all: written beside their final place, 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import os
 import shutil
@@ -20,6 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
+
+from entprune_ds.atomic import replacing
 
 READABLE = 48  # pixels: smaller images are enlarged to about this side in a grid
 
@@ -158,18 +159,12 @@ def _check_labels(images: np.ndarray, labels: np.ndarray, name: str = "labels") 
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Fill a file beside `path`, flush it to disk and rename it; a ValueError that names the path if that fails."""
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"  # two processes may write the same file
+    """Fill a file and put it in its place whole; a ValueError that names the path if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
 
 

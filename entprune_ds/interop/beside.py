@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from entprune_ds.atomic import write_text
 from entprune_ds.config import ModelConfig
 from entprune_ds.interop.safetensors import FORMAT, read_description
 from entprune_ds.interop.source import Source, description
-from entprune_ds.interop.tensors import Reader, Shapes, key_report, replace_with
+from entprune_ds.interop.tensors import Reader, Shapes, key_report
 
 OF_THE_FILE = ("format", "model", "kept_blocks", "fingerprint", "deviation")
 """Entries about the file itself, which are not facts of the model."""
@@ -31,7 +32,7 @@ def write_beside(path: Path, source: Source, deviation: dict[str, Any]) -> dict[
     values = {"format": FORMAT, **description(source), "fingerprint": _fingerprint(source)}
     values |= {"deviation": deviation} if deviation else {}
     text = json.dumps(values, indent=2, allow_nan=False)
-    replace_with(path, lambda temporary: temporary.write_text(text))
+    write_text(path, text)
     return values
 
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entprune_ds.config import ModelConfig, config_from_dict
-from entprune_ds.config_checks import model_problems
+from entprune_ds.config import ModelConfig, config_from_dict, model_problems
 from entprune_ds.interop.beside import read_beside
 from entprune_ds.interop.infer import disagreement
 from entprune_ds.interop.source import Source

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from entprune_ds.atomic import replacing, write_text
 from entprune_ds.config import ModelConfig
 from entprune_ds.interop.beside import write_beside
 from entprune_ds.interop.deviation import deviation_text, formula_deviation
@@ -22,7 +23,7 @@ from entprune_ds.interop.diffusers import (
     positions,
 )
 from entprune_ds.interop.source import Source
-from entprune_ds.interop.tensors import replace_with, write_tensors
+from entprune_ds.interop.tensors import write_tensors
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4,
@@ -71,7 +72,9 @@ def write_diffusers(out: Path, source: Source, vae: Path | None = None) -> tuple
         name, index, count = where[part]
         return source.read(name).chunk(count)[index]
 
-    replace_with(folder / WEIGHTS, lambda path: write_tensors(path, diffusers_shapes(m), read))
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS) as temporary:
+        write_tensors(temporary, diffusers_shapes(m), read)
     _write_json(folder / "config.json", transformer_config(m))
     values = write_beside(folder / BESIDE, source, deviation)
     if m.process == "sit":
@@ -102,8 +105,10 @@ def _write_pipeline(out: Path, model: ModelConfig, vae: Path | None) -> list[str
         text = "It has no VAE: load it with DiTPipeline.from_pretrained(DIR, vae=AutoencoderKL.from_pretrained(...)), "
         notes.append(text + "or export with vae=FOLDER.")
     else:
+        (out / "vae").mkdir(parents=True, exist_ok=True)
         for name in ("config.json", WEIGHTS):
-            replace_with(out / "vae" / name, lambda path, name=name: shutil.copyfile(vae / name, path))  # type: ignore[misc]
+            with replacing(out / "vae" / name) as temporary:
+                shutil.copyfile(vae / name, temporary)
     if model.num_classes != NULL_CLASS:
         text = (
             f"DiTPipeline takes label {NULL_CLASS} for guidance, but this model's null label is {model.num_classes}: "
@@ -115,4 +120,5 @@ def _write_pipeline(out: Path, model: ModelConfig, vae: Path | None) -> list[str
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     text = json.dumps(values, indent=2, allow_nan=False)
-    replace_with(path, lambda temporary: temporary.write_text(text))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)

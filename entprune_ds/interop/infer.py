@@ -8,8 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from entprune_ds.config import ModelConfig
-from entprune_ds.config_checks import model_problems
+from entprune_ds.config import ModelConfig, model_problems
 from entprune_ds.interop.tensors import Shapes
 from entprune_ds.models.registry import FAMILIES, SIZES
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from entprune_ds.atomic import replacing
 from entprune_ds.config import ModelConfig
 from entprune_ds.interop.beside import read_beside, write_beside
 from entprune_ds.interop.deviation import deviation_text, formula_deviation
 from entprune_ds.interop.infer import disagreement, infer_architecture
 from entprune_ds.interop.source import Source
-from entprune_ds.interop.tensors import Reader, Shapes, key_report, open_tensors, parameter_shapes, replace_with
+from entprune_ds.interop.tensors import Reader, Shapes, key_report, open_tensors, parameter_shapes
 from entprune_ds.interop.torch_file import read_torch_file, write_torch_file
 from entprune_ds.models.layers import NORM_EPS, position_embedding
 
@@ -83,7 +84,9 @@ def write_official(out: Path, source: Source) -> tuple[Path, dict[str, Any], lis
         notes.append(deviation_text(deviation, "official"))
     tensors = {POSITIONS: position_embedding(m.hidden_size, m.input_size // m.patch_size)}
     tensors |= {official: source.read(name) for name, official in official_names(m).items()}
-    replace_with(out, lambda path: write_torch_file(path, tensors))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        write_torch_file(temporary, tensors)
     return out, write_beside(out.with_suffix(".json"), source, deviation), notes
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from entprune_ds.atomic import replacing
 from entprune_ds.config import ConfigError, ModelConfig, config_from_dict, model_problems
-from entprune_ds.interop.source import Source, description, loaded_model
-from entprune_ds.interop.tensors import Reader, key_report, open_tensors, parameter_shapes, write_tensors
-from entprune_ds.models.dit import DiT
+from entprune_ds.interop.source import Source, description
+from entprune_ds.interop.tensors import key_report, open_tensors, parameter_shapes, write_tensors
 
 FORMAT = "entprune_ds/1"
 FILES = ("model.safetensors", "config.json")
@@ -38,18 +37,10 @@ def save_model(out: Path, names: Iterable[str], read: Callable[[str], Tensor], m
     if foreign:
         raise ValueError(f"{', '.join(foreign)}: no parameters of this architecture.")
     out.mkdir(parents=True, exist_ok=True)
-    weights, config = (out / f".{name}.writing" for name in FILES)
-    try:
+    text = {"format": FORMAT, **description(Source(model, read, facts))}
+    with replacing(out / FILES[1]) as config, replacing(out / FILES[0]) as weights:  # the inner one is renamed first
         write_tensors(weights, {name: shapes[name] for name in names}, read)
-        text = {"format": FORMAT, **description(Source(model, read, facts))}
         config.write_text(json.dumps(text, indent=2, allow_nan=False))
-        with open(config, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(weights, out / FILES[0])
-        os.replace(config, out / FILES[1])
-    finally:
-        weights.unlink(missing_ok=True)
-        config.unlink(missing_ok=True)
     return out
 
 
@@ -105,22 +96,3 @@ def open_export(folder: Path) -> Source:
     if problems:
         raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: " + "; ".join(problems))
     return Source(model, read, {k: v for k, v in facts.items() if k not in ("format", "model", "kept_blocks")})
-
-
-def load_model(folder: Path) -> tuple[DiT, dict[str, Any]]:
-    """The exported model in fp32 on the CPU, in evaluation mode, and its stored facts.
-
-    Raises:
-        ValueError: listing missing, extra and mis-shaped parameters.
-    """
-    source = open_export(folder)
-    return loaded_model(source), read_export(folder)[1]
-
-
-def tensor_reader(folder: Path) -> Reader:
-    """name -> full fp32 tensor of an export, one at a time by memory map.
-
-    Raises:
-        ValueError: when the file is damaged.
-    """
-    return open_tensors(folder / "model.safetensors")[1]

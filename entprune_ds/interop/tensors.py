@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,24 +76,6 @@ def write_tensors(path: Path, shapes: Shapes, read: Reader) -> None:
                 found = f"{list(tensor.shape)} {tensor.dtype}"
                 raise ValueError(f"{name} must be {list(shape)} float32 to be written to {path}, got {found}.")
             file.write(tensor.view(-1).numpy().data)
-
-
-def replace_with(final: Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` make a file under a temporary name beside `final`, then rename it: whole or not at all.
-
-    Raises:
-        OSError: when the disk is full or not writable; the temporary file is removed.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.writing")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # on the disk before the rename
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return final
 
 
 def key_report(expected: Shapes, found: Shapes) -> list[str]:

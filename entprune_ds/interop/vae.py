@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from entprune_ds.atomic import file_sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -64,7 +65,7 @@ def load_vae(name: str, revision: str = "", device: torch.device | str = "cpu", 
     diffusers_log.set_verbosity_error()
     try:
         if local:
-            found = f"sha256:{_digest(folder / WEIGHTS)}"
+            found = f"sha256:{file_sha256(folder / WEIGHTS)}"
             model, report = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
         else:
             _, _, found = AutoencoderKL.load_config(
@@ -105,8 +106,3 @@ def _callables(model: Any, name: str, revision: str, batch_size: int) -> Vae:
         return in_batches(lambda part: model.decode(part / scale).sample, latents)  # (N,3,H,W)
 
     return Vae(encode, decode, name, revision, scale, int(config.latent_channels))
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

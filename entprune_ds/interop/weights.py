@@ -10,10 +10,8 @@ from entprune_ds.config import DiffusionConfig, ModelConfig, to_dict
 from entprune_ds.interop.diffusers import open_diffusers, transformer_folder
 from entprune_ds.interop.official import open_official
 from entprune_ds.interop.safetensors import FORMAT, open_export
-from entprune_ds.interop.source import NOT_ARCHITECTURE, Source, loaded_model
-from entprune_ds.interop.tensors import Reader
+from entprune_ds.interop.source import NOT_ARCHITECTURE, Source
 from entprune_ds.logs import get_logger
-from entprune_ds.models.dit import DiT
 
 MEANING = ("path", "prediction")
 """Diffusion settings that say what the output of a model means."""
@@ -61,49 +59,21 @@ def open_weights(
     raise ValueError(f"{path} is not an exported model, nor another known one: {why}. {KNOWN}")
 
 
-def load_any(path: Path, assumed: ModelConfig) -> tuple[DiT, dict[str, Any]]:
-    """A model of any known format in fp32 on the CPU, in evaluation mode, and its facts, as `load_model` gives them.
+def opened(path: Path, assumed: ModelConfig) -> Source:
+    """The same for a command at work: what its user should know is logged.
 
     Raises:
         ValueError: as `open_weights`.
     """
-    source = _opened(path, assumed)
-    return loaded_model(source), _facts(source)
-
-
-def describe_any(path: Path, assumed: ModelConfig) -> tuple[ModelConfig, dict[str, Any]]:
-    """Architecture and facts of a model of any known format, as `read_export` gives them.
-
-    Raises:
-        ValueError: as `open_weights`.
-    """
-    source = open_weights(path, assumed=assumed)
-    return source.model, _facts(source)
-
-
-def read_any(path: Path, assumed: ModelConfig) -> Reader:
-    """Parameter name -> f32 tensor of a model of any known format, often a read-only view of the file.
-
-    Raises:
-        ValueError: as `open_weights`.
-    """
-    return _opened(path, assumed).read
-
-
-def _opened(path: Path, assumed: ModelConfig) -> Source:
     source = open_weights(path, assumed=assumed)
     for note in source.notes:
         get_logger().info(note)
     return source
 
 
-def _facts(source: Source) -> dict[str, Any]:
-    return {"model": to_dict(source.model), "kept_blocks": list(source.model.blocks), **source.facts}
-
-
-def diffusion_problems(wanted: DiffusionConfig, model: ModelConfig, facts: dict[str, Any], path: Path) -> list[str]:
+def diffusion_problems(wanted: DiffusionConfig, source: Source, path: Path) -> list[str]:
     """Diffusion settings that differ from those a flow model was trained with, where its facts say them."""
-    trained = facts.get("diffusion", {}) if model.process == "sit" else {}
+    trained = source.facts.get("diffusion", {}) if source.model.process == "sit" else {}
     differ = {k: v for k, v in trained.items() if k in MEANING and getattr(wanted, k) != v}
     return [
         f"`diffusion.{k}` is {getattr(wanted, k)}, but {path} was trained with {v}. Set that value."
@@ -111,12 +81,17 @@ def diffusion_problems(wanted: DiffusionConfig, model: ModelConfig, facts: dict[
     ]
 
 
-def architecture_problems(wanted: ModelConfig, path: Path) -> list[str]:
-    """How the architecture of some weights differs from a config, both values listed; empty when it fits."""
+def starting_problems(wanted: ModelConfig, diffusion: DiffusionConfig, path: Path) -> list[str]:
+    """Why a training cannot start from some weights; every difference with both values, empty when they fit."""
     try:
-        found = open_weights(path, assumed=wanted).model
+        source = open_weights(path, assumed=wanted)
     except (OSError, ValueError) as error:
         return [f"`model.weights`: {error}"]
+    return architecture_problems(wanted, source.model, path) or diffusion_problems(diffusion, source, path)
+
+
+def architecture_problems(wanted: ModelConfig, found: ModelConfig, path: Path) -> list[str]:
+    """How the architecture of some weights differs from a config, both values listed; empty when it fits."""
     a, b = to_dict(wanted), to_dict(found)
     keys = [k for k in a if k not in (*NOT_ARCHITECTURE, "kept_blocks") and a[k] != b[k]]
     problems = []

@@ -1,34 +1,11 @@
-"""Files that are whole or absent, and line files that a killed process may have cut short."""
+"""Reading JSON, and line files that a killed process may have cut short."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file: temporary file beside it, fsync, rename. A reader sees the old or the new one, never half.
-
-    Raises:
-        OSError: the disk is full or read-only; the old file is untouched and the temporary one removed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself survives a power cut
-    finally:
-        os.close(folder)
 
 
 def parse_json(data: bytes | str) -> Any:

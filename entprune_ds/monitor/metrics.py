@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_bytes
 from ..config import Config
-from .files import parse_json, write_atomically
+from .files import parse_json
 from .interface import Monitor, NullMonitor
 from .records import decision_of, step_of
 
@@ -142,7 +143,7 @@ def rewind_metrics(run_dir: Path, step: int, size: int | None = None) -> int:
             file.flush()
             os.fsync(file.fileno())
     if moved or half:
-        write_atomically(path, b"".join(kept))
+        write_bytes(path, b"".join(kept))
     return len(moved)
 
 

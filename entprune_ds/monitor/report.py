@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .. import __version__
+from ..atomic import write_bytes
 from . import plots
 from .decision_section import decision_section
-from .files import write_atomically
 from .html import Markup, facts, figure, joined, page, table, tag
 from .numbers import sensible
 from .quality_section import headline_tiles, quality_section
@@ -46,7 +46,7 @@ def build_report(run_dir: Path) -> Path:
     """
     run = read_run_folder(Path(run_dir))
     path = run.path / REPORT_FILE
-    write_atomically(path, render(run))
+    write_bytes(path, render(run))
     return path
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ..atomic import write_bytes
 from ..config import Config, to_dict
 from ..logs import get_logger
 from . import plots, tables
-from .files import read_json_lines, write_atomically
+from .files import read_json_lines
 from .interface import Monitor, NullMonitor
 from .records import decision_of, decisions_of
 
@@ -111,7 +112,7 @@ def run_id(run_dir: Path) -> str:
     """
     path = run_dir / ID_FILE
     if not path.exists():
-        write_atomically(path, (secrets.token_hex(8) + "\n").encode())
+        write_bytes(path, (secrets.token_hex(8) + "\n").encode())
     text = path.read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
         raise ValueError(f"{path} does not hold a run id. Delete it to start a new W&B run.")
