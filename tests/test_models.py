@@ -231,7 +231,8 @@ def test_learned_sigma_gives_the_first_half_of_the_channels():
         weights[f"final_layer.linear.{kind}"] = weights[f"final_layer.linear.{kind}"][rows]
     half.load_state_dict(weights, strict=True)
     z_t, t, labels, _ = draws(model, 3)
-    assert torch.equal(model(z_t, t, labels), half(z_t, t, labels))
+    expected = half(z_t, t, labels)  # a product with fewer columns may round differently
+    torch.testing.assert_close(model(z_t, t, labels), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_examples_do_not_see_each_other():
