@@ -154,6 +154,30 @@ def test_half_precision_weights_become_single_precision(tiny, tmp_path):
     assert found.dtype == torch.float32 and torch.equal(found, tiny["blocks.0.mlp.fc1.weight"].half().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["pt", "safetensors", "saved again in fp32"])
+def test_positions_rounded_to_16_bits_are_the_fixed_ones_and_others_are_not(tiny, tmp_path, dtype, form):
+    state = {k: v.to(dtype) for k, v in tiny.items()}
+    learned = state | {"pos_embed": (tiny["pos_embed"] + 3 * torch.finfo(dtype).eps).to(dtype)}
+    for content, good in ((state, True), (learned, False)):
+        again = {k: v.float() for k, v in content.items()} if form == "saved again in fp32" else content
+        path = saved(tmp_path, again)
+        if form == "safetensors":
+            path = path.with_suffix(".safetensors")
+            save_file(again, path)
+        if good:
+            read = open_official(path, given=GIVEN).read
+            assert torch.equal(read("x_embedder.proj.weight"), state["x_embedder.proj.weight"].float())
+        else:
+            assert "pos_embed differs from the fixed sin-cos positions" in refusal(path)
+
+
+def test_positions_in_single_precision_are_held_to_the_formula(tiny, tmp_path):
+    noise = torch.rand(tiny["pos_embed"].shape, generator=torch.Generator().manual_seed(0)) * 4e-4
+    text = refusal(saved(tmp_path, tiny | {"pos_embed": tiny["pos_embed"] + noise}))  # fp16 would be as far off
+    assert "pos_embed differs" in text
+
+
 # ---------------------------------------------------------------- changes on the way
 
 
@@ -192,6 +216,26 @@ def test_weights_of_diffusers_formulas_say_how_far_the_official_code_is_off(tiny
         really = (off(z_t, t, labels) - output(source, z_t, t, labels)).abs().max()
     assert really > 0 and 0.2 < values["deviation"]["max_abs_difference"] / float(really) < 5  # on other inputs
     assert "frequency_shift 0 instead of 1, norm_eps 1e-06 instead of 1e-05" in notes[1]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_prefix_of_a_wrapper_is_taken_off_with_a_note(tiny, tmp_path, prefix):
+    wrapped = {prefix + k: v for k, v in tiny.items()}
+    save_file(wrapped, tmp_path / "wrapped.safetensors")
+    for path in (saved(tmp_path, wrapped), tmp_path / "wrapped.safetensors"):
+        found, parts = open_official(path, given=GIVEN), prefix.split(".")[:-1]
+        assert len(found.notes) == len(parts)
+        assert all(f"began with `{part}.`" in note for part, note in zip(parts, found.notes, strict=True))
+        assert all(torch.equal(found.read(name), tiny[name]) for name in found.shapes)
+    mixture = saved(tmp_path, {"model": wrapped, "ema": tiny, "args": None})
+    assert open_official(mixture, given=GIVEN).notes == () and open_official(mixture, "raw", GIVEN).notes != ()
+
+
+def test_a_prefix_on_some_of_the_names_is_refused_with_the_others(tiny, tmp_path):
+    mixed = {k if k.startswith("final_layer.linear") else "module." + k: v for k, v in tiny.items()}
+    text = refusal(saved(tmp_path, mixed))
+    assert f"{len(tiny) - 2} of {len(tiny)} names begin with `module.`, the others do not: " in text
+    assert "final_layer.linear.bias, final_layer.linear.weight. Save" in text
 
 
 # ---------------------------------------------------------------- what the file cannot say

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from entprune_ds.atomic import replacing
@@ -24,6 +25,8 @@ from entprune_ds.models.layers import NORM_EPS, position_embedding
 POSITIONS = "pos_embed"
 SETTINGS = ("model", "image_size", "num_classes", "path_type", "prediction", "loss_weight", "vae")
 """Arguments of the public training scripts that say what the weights are; others may hold paths."""
+WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+"""Prefixes that a wrapper around the model puts before every name of its state dict."""
 
 
 def open_official(
@@ -42,6 +45,7 @@ def open_official(
     """
     given = {k: v for k, v in (given or {}).items() if k not in ("num_classes", "kept_blocks", "weights")}
     shapes, read, kind, arguments = _open(path, weights)
+    shapes, read, unwrapped = _without_wrapper(shapes, read, path)
     known = read_beside(path.with_suffix(".json"), shapes, official_shapes, lambda model: _reader(model, read))
     if known is not None:
         wrong = [
@@ -62,7 +66,7 @@ def open_official(
     trained = {k: v for k, v in arguments.items() if k in SETTINGS and isinstance(v, str | int | float)}
     facts = {"weights": kind, "step": 0, "source": f"official file {path.name}"}
     facts |= {"trained_with": trained} if trained else {}
-    return Source(model, _reader(model, read), facts, (*notes, *_objective_notes(trained)))
+    return Source(model, _reader(model, read), facts, (*unwrapped, *notes, *_objective_notes(trained)))
 
 
 def write_official(out: Path, source: Source) -> tuple[Path, dict[str, Any], list[str]]:
@@ -117,6 +121,20 @@ def _open(path: Path, weights: str | None) -> tuple[Shapes, Reader, str, dict[st
     return {n: tuple(t.shape) for n, t in tensors.items()}, lambda n: tensors[n].float(), file.weights, file.arguments
 
 
+def _without_wrapper(shapes: Shapes, read: Reader, path: Path) -> tuple[Shapes, Reader, list[str]]:
+    """The tensors under the names of the model itself, with a note, where a wrapper's prefix is on every name."""
+    taken, notes = "", []
+    while prefix := next((p for p in WRAPPERS if any(name.startswith(taken + p) for name in shapes)), None):
+        taken += prefix
+        others = [name for name in shapes if not name.startswith(taken)]
+        if others:
+            some = ", ".join(sorted(others)[:8]) + (", ..." if len(others) > 8 else "")
+            message = f"{path}: {len(shapes) - len(others)} of {len(shapes)} names begin with `{taken}`, the others do "
+            raise ValueError(f"{message}not: {some}. Save the state dict of one model, without its wrapper.")
+        notes.append(f"All names in {path.name} began with `{prefix}` ({WRAPPERS[prefix]}): it was taken off.")
+    return {n.removeprefix(taken): shape for n, shape in shapes.items()}, lambda name: read(taken + name), notes
+
+
 def _reader(model: ModelConfig, read: Reader) -> Reader:
     names = official_names(model)
     return lambda name: read(names[name])
@@ -125,9 +143,21 @@ def _reader(model: ModelConfig, read: Reader) -> Reader:
 def _check_positions(found: Tensor, model: ModelConfig, path: Path) -> None:
     expected = position_embedding(model.hidden_size, model.input_size // model.patch_size)
     difference = float((found - expected).abs().max())
-    if not difference <= 1e-5:
+    if not difference <= _rounding(found):
         message = f"{path}: pos_embed differs from the fixed sin-cos positions by up to {difference:.3g}. "
         raise ValueError(message + "Learned or interpolated positions are not supported.")
+
+
+def _rounding(positions: Tensor) -> float:
+    """How far positions in [-1, 1] may be from the formula: its own noise in fp32, and the rounding to 16 bits.
+
+    The values tell the precision, so that a 16-bit file saved again as fp32 counts as what it is. bf16 is asked first:
+    positions rounded to it are exact in fp16 too, but not the other way round. Half of eps is the rounding next to 1.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(positions, positions.to(dtype).float()):
+            return 1e-5 + torch.finfo(dtype).eps / 2  # 0.0039, 0.0005
+    return 1e-5
 
 
 def _objective_notes(trained: dict[str, Any]) -> list[str]:
