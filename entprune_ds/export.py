@@ -16,6 +16,7 @@ from entprune_ds.config import Config, config_from_dict, digest, to_dict
 from entprune_ds.engine.checkpoint import Checkpoint, range_reader
 from entprune_ds.environment import commit
 from entprune_ds.interop.diffusers_export import write_diffusers
+from entprune_ds.interop.finite import check_finite
 from entprune_ds.interop.official import write_official
 from entprune_ds.interop.safetensors import write_export
 from entprune_ds.interop.source import Source, architecture, change_classes, keep_blocks
@@ -88,11 +89,12 @@ def import_model(
         What was written, with notes for the user.
 
     Raises:
-        ValueError: when the source cannot be read or does not fit.
+        ValueError: when the source cannot be read or does not fit, or holds NaN or infinite values.
         OSError: when `out` cannot be written.
     """
     source = open_weights(path, weights, given)
     source = change(source, given, seed)
+    check_finite(source, str(path))
     facts = source.facts | {"config_digest": digest(architecture(source.model)), "commit": commit()}
     facts |= {"source_license": source_license} if source_license else {}
     source = replace(source, facts=facts)
@@ -110,9 +112,10 @@ def write_model(source: Source, out: Path, format: str, vae: Path | None = None)
     """Write a model in one of FORMATS; returns what the user should know.
 
     Raises:
-        ValueError: when the format cannot hold this model.
+        ValueError: when the format cannot hold this model, or it has NaN or infinite values.
         OSError: when `out` cannot be written.
     """
+    check_finite(source, "the model to be exported")
     source = replace(source, facts=source.facts | {"commit": commit()})
     if format == "official":
         return [*source.notes, *write_official(out, source)[2]]

@@ -24,6 +24,7 @@ from entprune_ds.engine.checkpoint import (
 from entprune_ds.engine.state import Piece, write_state
 from entprune_ds.environment import environment, launch_command
 from entprune_ds.faults import check_space
+from entprune_ds.interop.finite import non_finite, non_finite_problem
 from entprune_ds.interop.weights import opened
 from entprune_ds.logs import get_logger
 from entprune_ds.models.registry import count_parameters
@@ -141,13 +142,29 @@ def rewind_samples(folder: Path, step: int) -> None:
 
 
 def load_weights(engine: Engine, path: Path, model: ModelConfig) -> None:
-    """Fill a new engine from a model of any known format: zero moments, EMA equal to the weights. Collective."""
-    tensor = opened(path, model).read
+    """Fill a new engine from a model of any known format: zero moments, EMA equal to the weights. Collective.
+
+    Raises:
+        DistributedError: on all ranks, when one cannot read the weights, or they hold NaN or infinite values.
+    """
+    error, counts = None, []
+    try:
+        tensor = opened(path, model).read
+    except (OSError, ValueError) as problem:
+        error = f"`model.weights`: {problem}"
+    comm.raise_together(error)
 
     def read(piece: Piece) -> dict[str, Tensor]:
-        return fresh_state(tensor(piece.name).reshape(-1)[piece.start : piece.stop].clone())
+        weight = tensor(piece.name).reshape(-1)[piece.start : piece.stop].clone()
+        counts.append([piece.name, piece.start, non_finite(weight)])
+        return fresh_state(weight)
 
     write_state(engine.ds, engine.optimizer, engine.ema, 0, read)
+    pieces = {(name, start): count for part in comm.all_gather_json(counts) for name, start, count in part}
+    of_tensor = dict.fromkeys(engine.shapes, 0)
+    for (name, _), count in pieces.items():  # a piece that several ranks hold counts once
+        of_tensor[name] += count
+    comm.raise_together(non_finite_problem(f"`model.weights` ({path})", of_tensor))
 
 
 def planned_checks(config: Config) -> list[int]:

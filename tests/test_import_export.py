@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,16 @@ import torch
 
 from entprune_ds.cli import export, import_, sample
 from entprune_ds.config import DiffusionConfig
+from entprune_ds.interop.safetensors import write_export
+from entprune_ds.interop.source import Source
+from entprune_ds.interop.tensors import parameter_shapes
 from entprune_ds.interop.weights import open_weights, starting_problems
+from entprune_ds.models.dit import initial_tensor
 from tests.ranks import run_ranks
 from tests.reference.official import OfficialDiT, random_official
+from tests.test_interop import edit_weights
 from tests.test_training import words as training_words
+from tests.tiny import MODEL
 
 SIZES = dict(width=32, heads=2, size=8, channels=1, classes=10, sit=True)
 STATED = ["model.process=sit", "model.num_heads=2"]
@@ -88,6 +95,54 @@ def test_a_training_starts_from_an_official_file_and_its_exports_carry_the_licen
     found, start = open_weights(tmp_path / "run" / "model.pt"), open_weights(small)
     assert found.facts["source_license"] == "mit" and found.facts["step"] == 1 and found.model.blocks == (0, 3)
     assert all(torch.equal(found.read(name), start.read(name)) for name in found.shapes)
+
+
+def spoil(path: Path, out: Path) -> Path:
+    """The official file with 3 NaN and 1 infinite value, in two tensors."""
+    state = torch.load(path, weights_only=True)
+    state["blocks.1.mlp.fc2.weight"].view(-1)[[0, 5, -1]] = float("nan")
+    state["blocks.2.attn.proj.bias"][0] = float("inf")
+    torch.save(state, out)
+    return out
+
+
+SPOILED = "holds 4 NaN or infinite values, in 2 tensors: blocks.1.mlp.fc2.weight (3), blocks.2.attn.proj.bias (1). "
+
+
+def test_nan_and_infinite_values_are_neither_imported_nor_exported(official, tmp_path, capsys):
+    bad, out = spoil(official, tmp_path / "bad.pt"), tmp_path / "out"
+    text = refused(capsys, import_, f"src={bad}", f"out={out}", *STATED)
+    assert f"{bad} {SPOILED}" in text and "take an intact copy" in text and not out.exists()
+    assert import_.main([f"src={bad}", f"out={out}", *STATED, "model.kept_blocks=[0,3]"]) == 0  # without those blocks
+    assert import_.main([f"src={official}", f"out={out}", *STATED]) == 0
+
+    def change(tensors: dict) -> None:
+        tensors["blocks.1.mlp.fc2.weight"].view(-1)[[0, 5, -1]] = float("nan")
+        tensors["blocks.2.attn.proj.bias"][0] = float("-inf")
+
+    edit_weights(out, change)
+    for form, name in (("official", "x.pt"), ("diffusers", "x"), ("entprune", "y")):
+        words = [f"src={out}", f"out={tmp_path / name}", f"format={form}"]
+        assert SPOILED in refused(capsys, export, *words) and not (tmp_path / name).exists()
+
+
+def test_a_training_does_not_start_from_nan_and_all_ranks_say_the_same(tmp_path):
+    shapes, facts = parameter_shapes(MODEL), {"weights": "raw", "step": 1}
+    write_export(tmp_path / "good", Source(MODEL, lambda name: initial_tensor(name, shapes[name], 0), facts))
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+
+    def change(tensors: dict) -> None:
+        for name in ("blocks.3.mlp.fc1.weight", "x_embedder.proj.bias"):
+            tensors[name].view(-1)[[0, -1]] = float("nan")
+
+    edit_weights(tmp_path / "bad", change)
+    good, bad, nowhere = (str(tmp_path / name) for name in ("good", "bad", "nowhere"))
+    cases = [(1, [good, good]), (0, [bad, bad]), (1, [bad, bad]), (3, [bad, bad]), (1, [good, nowhere])]
+    first, second = run_ranks("tests.workers.training:starts", 2, cases=cases)
+    assert first == second and first[0] == ""
+    found = "4 NaN or infinite values, in 2 tensors: x_embedder.proj.bias (2), blocks.3.mlp.fc1.weight (2). "
+    assert all(text.startswith(f"`model.weights` ({bad}) holds {found}") for text in first[1:4])
+    assert "nowhere is not an exported model" in first[4]  # a folder that one machine does not see
 
 
 def test_settings_that_differ_from_the_weights_are_listed(official):

@@ -48,3 +48,22 @@ def scores(export: str, shards: str, zero_stage: int, out: str) -> dict:
     result = {"scores": found, "gathers": gathers, "ntk": candidate.ntk, "zico": candidate.zico_mean}
     Path(f"{out}/scores_{comm.rank()}.json").write_text(json.dumps(result))
     return result
+
+
+def starts(cases: list[tuple[int, list[str]]]) -> list[str]:
+    """What each start from weights says: "" or the error of this rank; a case is (ZeRO stage, path of each rank)."""
+    from entprune_ds.engine.build import build_engine, destroy_engine
+    from entprune_ds.run_state import load_weights
+    from tests.tiny import tiny_config
+
+    said = []
+    for zero_stage, paths in cases:
+        config = tiny_config(zero_stage)
+        engine = build_engine(config, config.model)
+        try:
+            load_weights(engine, Path(paths[comm.rank()]), config.model)
+            said.append("")
+        except comm.DistributedError as error:
+            said.append(str(error))
+        destroy_engine(engine)
+    return said
