@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -323,7 +325,46 @@ def test_half_written_files_are_refused_by_name(tiny, tmp_path, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     text = refusal(path)
-    assert str(path) in text and any(why in text for why in ("damaged", "no .pt file", "is empty"))
+    assert str(path) in text and any(why in text for why in ("damaged", "is empty"))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2700000000\n"
+MISTAKEN = {
+    b"": ("is empty (0 bytes)", "Copy it again from its source"),
+    LFS: ("is a git-lfs pointer of 75 bytes", "Run `git lfs pull`"),
+    b"\n <!DOCTYPE html><html><title>Sign in</title>": ("is an HTML or XML page", "Open its address in a browser"),
+    b"<Error><Code>AccessDenied</Code></Error>": ("is an HTML or XML page", "download the file again"),
+    b'{"error": "Repository not found"}': (
+        'is a text file (\'{"error": "Repository not found"}\'',
+        "Download it again",
+    ),
+    b"\x1f\x8b\x08\x00rest": ("is a compressed file", "Unpack it first"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("content", MISTAKEN)
+def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path, content, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    text = refusal(path)
+    assert all(part in text for part in (str(path), *MISTAKEN[content])), text
+
+
+def test_files_of_another_format_under_the_wrong_name_are_called_what_they_are(tiny, tmp_path):
+    torch.save(tiny, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    text = refusal(tmp_path / "old.pt")
+    assert "has the format of torch before 1.6" in text and "Save it again: python -c " in text
+    command = text.split("python -c ")[1].strip('"')
+    subprocess.run([sys.executable, "-c", command], check=True, timeout=60)
+    read = open_official(tmp_path / "old.pt", given=GIVEN).read
+    assert torch.equal(read("final_layer.linear.bias"), tiny["final_layer.linear.bias"])
+    saved(tmp_path, tiny).rename(tmp_path / "a.safetensors")
+    assert "is a .pt (zip) file. Rename it to end in .pt." in refusal(tmp_path / "a.safetensors")
+    save_file(tiny, tmp_path / "b.pt")
+    assert "is a safetensors file. Rename it to end in .safetensors." in refusal(tmp_path / "b.pt")
+    (tmp_path / "b.pt").write_bytes(b"\x80\x04\x95 a pickle of something else")
+    assert "it does not begin as a .pt file does" in refusal(tmp_path / "b.pt")
 
 
 def test_a_failed_export_leaves_the_older_file(tiny, tmp_path, monkeypatch):

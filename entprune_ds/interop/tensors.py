@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from entprune_ds.config import ModelConfig
+from entprune_ds.interop.mistaken import mistaken_for
 from entprune_ds.models.dit import DiT
 
 Shapes = dict[str, tuple[int, ...]]
@@ -35,6 +36,9 @@ def open_tensors(path: Path) -> tuple[Shapes, Reader]:
         handle = safe_open(path, framework="pt")
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        mistaken = mistaken_for(path) if path.is_file() else None
+        if mistaken is not None:
+            raise ValueError(mistaken) from error
         raise ValueError(f"{path} cannot be read ({error}): it is damaged. Export it again.") from error
     wrong = sorted(name for name, part in slices.items() if part.get_dtype() not in ("F64", "F32", "F16", "BF16"))
     if wrong:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entprune_ds.interop.mistaken import mistaken_for
+
 
 @dataclass(frozen=True)
 class TorchFile:
@@ -54,17 +56,17 @@ def read_torch_file(path: Path, weights: str | None) -> TorchFile:
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} does not exist.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty. Copy it again from its source.")
+    mistaken = mistaken_for(path)
+    if mistaken is not None:
+        raise ValueError(mistaken)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged or hostile file may raise anything: KeyError, EOFError, UnpicklingError, ...
         why = " ".join(str(error).split()).split("WeightsUnpickler error: ")[-1].split(" Please ")[0][:300]
         why = why.split("(1)")[0].split("Re-running")[0].strip()  # torch's advice is to unpickle it after all
-        if "zipfile_serialization" in why:
-            message = f"{path} has the format of torch before 1.6, or is no .pt file. Load it once with "
-            raise ValueError(message + "torch.load(..., weights_only=True) and save it again.") from error
+        if "zipfile_serialization" in why:  # not a zip file
+            why = "it does not begin as a .pt file does"
         message = (
             f"{path} cannot be read: it is damaged, half-written, or holds other objects than plain tensors, which "
         )
