@@ -235,7 +235,8 @@ def test_missing_extra_and_misshaped_keys_are_all_listed(tmp_path):
         ({"num_attention_heads": None}, "lacks a setting or has one of another kind"),
         ({"patch_size": 3}, "impossible architecture"),
         ({"out_channels": 4}, "impossible architecture"),
-        ({"num_layers": 4}, "missing transformer_blocks.3.attn1"),
+        ({"num_layers": 4}, "has num_layers 4, but diffusion_pytorch_model.safetensors holds 3 blocks"),
+        ({"num_layers": 2}, "has num_layers 2, but diffusion_pytorch_model.safetensors holds 3 blocks"),
     ],
 )
 def test_other_models_and_impossible_settings_are_refused(change, expected, tmp_path):
@@ -243,6 +244,21 @@ def test_other_models_and_impossible_settings_are_refused(change, expected, tmp_
     values = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert expected in refusal(tmp_path) and str(tmp_path) in refusal(tmp_path)
+
+
+def test_a_depth_that_differs_from_the_stored_blocks_is_refused_with_both(tmp_path):
+    write_diffusers(tmp_path / "export", random_source())
+    folder = tmp_path / "export" / "transformer"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": 5}))
+    assert "has num_layers 5, but diffusion_pytorch_model.safetensors holds 3 blocks" in refusal(tmp_path / "export")
+    beside = (folder / "entprune_ds.json").read_text()
+    package_folder(folder, num_layers=2)  # weights of another depth saved over it, the description left
+    assert (folder / "entprune_ds.json").read_text() == beside
+    text = refusal(tmp_path / "export")
+    assert "has num_layers 2, but entprune_ds.json beside it has kept_blocks [0, 2, 3]: 3 blocks" in text
+    (folder / "entprune_ds.json").unlink()
+    assert open_diffusers(tmp_path / "export").model.blocks == (0, 1)
 
 
 def test_pickled_damaged_and_half_written_folders_are_refused(tmp_path):

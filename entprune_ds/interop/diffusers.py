@@ -21,6 +21,7 @@ from torch import Tensor
 from entprune_ds.config import ModelConfig, config_from_dict, model_problems
 from entprune_ds.interop.beside import read_beside
 from entprune_ds.interop.infer import disagreement
+from entprune_ds.interop.safetensors import read_description
 from entprune_ds.interop.source import Source
 from entprune_ds.interop.tensors import Reader, Shapes, key_report, open_tensors, parameter_shapes
 
@@ -93,8 +94,8 @@ def open_diffusers(folder: Path, given: dict[str, Any] | None = None) -> Source:
         given: model settings that the user stated (num_classes and kept_blocks are changed later, by the caller).
 
     Raises:
-        ValueError: a damaged or incomplete folder, another architecture, keys that do not fit (all listed), or
-            blocks whose embedders differ from each other.
+        ValueError: a damaged or incomplete folder, another architecture, keys that do not fit (all listed), depths
+            that differ between its files, or blocks whose embedders differ from each other.
     """
     folder = transformer_folder(folder)
     path = folder / WEIGHTS
@@ -106,6 +107,7 @@ def open_diffusers(folder: Path, given: dict[str, Any] | None = None) -> Source:
         )
     given = {k: v for k, v in (given or {}).items() if k not in ("num_classes", "kept_blocks", "weights")}
     shapes, read = open_tensors(path)
+    _check_depth(values.get("num_layers"), shapes, folder)
     source = read_beside(folder / BESIDE, shapes, diffusers_shapes, lambda model: _reader(model, read))
     if source is None:
         free = {k: given[k] for k in ("norm_eps", "frequency_shift") if k in given}
@@ -135,6 +137,22 @@ def _reader(model: ModelConfig, read: Reader) -> Reader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return one
+
+
+def _check_depth(num_layers: object, shapes: Shapes, folder: Path) -> None:
+    """Refuse a depth in config.json other than that of the weights, or of our description beside them."""
+    stored = {int(m[1]) for m in (re.match(r"transformer_blocks\.(\d+)\.", name) for name in shapes) if m}
+    if isinstance(num_layers, int) and num_layers != len(stored):
+        message = f"{folder / 'config.json'} has num_layers {num_layers}, but {WEIGHTS} holds {len(stored)} blocks. "
+        raise ValueError(message + f"Copy both from the same place, or set num_layers to {len(stored)}.")
+    try:
+        kept = list(read_description(folder / BESIDE)[0].blocks)
+    except ValueError:
+        return  # none, or some other JSON file of the user
+    if num_layers != len(kept):
+        message = f"{folder / 'config.json'} has num_layers {num_layers}, but {BESIDE} beside it has kept_blocks "
+        message += f"{kept}: {len(kept)} blocks. Copy all files from the same export, or delete {BESIDE} (the blocks "
+        raise ValueError(message + "are then counted from 0).")
 
 
 def _check_copies(model: ModelConfig, read: Reader, path: Path) -> None:
