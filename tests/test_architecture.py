@@ -43,6 +43,7 @@ ROOMS = {
     "safetensors": ("engine.checkpoint", "interop", "evaluation.features"),
     "sklearn": ("data.builtin",),
     "diffusers": ("interop.vae",),
+    "huggingface_hub": ("interop.vae",),
 }
 NEVER = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 SINGLE_FILE_FLOORS = (0, 3, 4)

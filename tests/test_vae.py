@@ -5,7 +5,12 @@ from __future__ import annotations
 import builtins
 import hashlib
 import json
+import socket
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +95,86 @@ def test_names_that_cannot_be_found_are_refused(monkeypatch, tmp_path):
     for name in (str(tmp_path / "nowhere"), "./vae", "vae"):
         with pytest.raises(ValueError, match="neither a folder nor a hub name"):
             load_vae(name)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of a model hub that a download needs: every repository holds the files of `folder`."""
+
+    folder: Path
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = self.folder / self.path.split("?")[0].rsplit("/", 1)[-1]
+        content = path.read_bytes() if path.is_file() and "/resolve/" in self.path else b""
+        self.send_response(200 if content else 404)
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{path.name}"', "Content-Length": str(len(content))}
+        for key, value in (headers | ({} if content else {"X-Error-Code": "EntryNotFound"})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(content if body else b"")
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+
+@pytest.fixture
+def hub_at(monkeypatch, tmp_path) -> Callable[[int], None]:
+    """A function that makes a port of this machine the model hub, with an empty cache of downloads."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+
+    def use(port: int) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        template = f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    return use
+
+
+def test_a_vae_of_the_hub_is_downloaded_once_and_needs_no_network_after(folder, hub_at):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"folder": folder}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub_at(server.server_address[1])
+    first = load_vae("someone/tiny-vae")
+    assert (first.name, first.revision) == ("someone/tiny-vae", COMMIT)
+    moments = load_vae(str(folder)).encode(torch.ones(1, 3, 16, 16))
+    assert torch.equal(first.encode(torch.ones(1, 3, 16, 16)), moments)
+    server.shutdown()
+    server.server_close()
+    again = load_vae("someone/tiny-vae")  # nobody answers
+    assert again.revision == COMMIT and torch.equal(again.encode(torch.ones(1, 3, 16, 16)), moments)
+
+
+@pytest.mark.parametrize("kind", ["nobody answers", "connections hang"])
+def test_a_hub_that_cannot_be_reached_is_said_at_once(hub_at, monkeypatch, kind):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.5)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if kind == "connections hang":
+            listener.listen()
+        hub_at(listener.getsockname()[1])
+        start = time.monotonic()
+        with pytest.raises(ValueError) as error:
+            load_vae("someone/tiny-vae")
+    assert time.monotonic() - start < 6  # the client's own six attempts take 25 s and more
+    assert "cannot be loaded (the hub cannot be reached: " in str(error.value)
+    assert "Download it on a machine with a network and give its folder." in str(error.value)
+
+
+def test_a_vae_whose_weights_are_a_pointer_is_called_that(folder):
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3000\n")
+    with pytest.raises(ValueError, match=r"is a git-lfs pointer .* Run `git lfs pull`"):
+        load_vae(str(folder))
 
 
 def test_a_missing_extra_is_named(folder, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from entprune_ds.atomic import file_sha256
+from entprune_ds.interop.mistaken import mistaken_for
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -62,25 +63,52 @@ def load_vae(name: str, revision: str = "", device: torch.device | str = "cpu", 
         raise ValueError(f"VAE {name} is neither a folder nor a hub name such as stabilityai/sd-vae-ft-ema.")
     if local and not (folder / WEIGHTS).is_file():
         raise ValueError(f"VAE {folder} has no {WEIGHTS}: only safetensors are read.")
+    mistaken = mistaken_for(folder / WEIGHTS) if local else None
+    if mistaken is not None:
+        raise ValueError(f"VAE {folder}: {mistaken}")
     diffusers_log.set_verbosity_error()
+    absent = None if local else _hub_absence(name, revision)
     try:
         if local:
             found = f"sha256:{file_sha256(folder / WEIGHTS)}"
             model, report = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
         else:
+            cached = absent is not None  # what was downloaded before is used without asking
             _, _, found = AutoencoderKL.load_config(
-                name, revision=revision or None, return_unused_kwargs=True, return_commit_hash=True
-            )
+                name, revision=revision or None, return_unused_kwargs=True, return_commit_hash=True,
+                local_files_only=cached,
+            )  # fmt: skip
             model, report = AutoencoderKL.from_pretrained(
-                name, revision=found, use_safetensors=True, output_loading_info=True
+                name, revision=found, use_safetensors=True, output_loading_info=True, local_files_only=cached
             )
     except Exception as error:  # the hub's client raises errors of several packages for a missing network or name
         remedy = "Check the folder." if local else "Download it on a machine with a network and give its folder."
-        raise ValueError(f"VAE {name} cannot be loaded ({' '.join(str(error).split())[:300]}). {remedy}") from error
+        why = absent or " ".join(str(error).split())[:300]
+        raise ValueError(f"VAE {name} cannot be loaded ({why}). {remedy}") from error
     wrong = [f"{kind.split('_')[0]} {n}" for kind, names in report.items() for n in names if kind != "error_msgs"]
     if wrong:
         raise ValueError(f"the weights of VAE {name} do not fit its config.json: {'; '.join(sorted(wrong))}.")
     return _callables(model.eval().requires_grad_(False).to(device), folder.name if local else name, found, batch_size)
+
+
+def _hub_absence(name: str, revision: str) -> str | None:
+    """Why the hub cannot be reached, asked once (HF_HUB_ETAG_TIMEOUT seconds, 10 unless set); None when it answers.
+
+    diffusers would ask six times and wait between (25 s without a network, minutes behind a firewall that drops), and
+    then say that the repository lacks a file. Whatever the hub answers, also an error, is left to diffusers.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        url = hf_hub_url(name, "config.json", revision=revision or None)
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HfHubHTTPError:
+        return None
+    except Exception as error:  # no network, a proxy, HF_HUB_OFFLINE: of several packages
+        why = " ".join(str(error).split())[:200]
+        return f"the hub cannot be reached: {why}; and it is not among the models downloaded before"
+    return None
 
 
 def _callables(model: Any, name: str, revision: str, batch_size: int) -> Vae:
