@@ -1,6 +1,6 @@
 """Settings of a run, merged as defaults <- preset YAML <- key=value; all problems are reported at once.
 
-No torch is imported, so `--help` and `--dry-run` answer immediately.
+No torch is imported, so `--help` answers immediately.
 """
 
 from __future__ import annotations

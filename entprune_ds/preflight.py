@@ -28,8 +28,13 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
-def training_problems(config: Config) -> list[str]:
-    """Problems of a training run: values, DeepSpeed configuration, batch, shards, weights, run folder."""
+def training_problems(config: Config, data_needed: bool = True) -> list[str]:
+    """Problems of a training run: values, DeepSpeed configuration, batch, shards, weights, run folder.
+
+    Args:
+        config: the resolved settings.
+        data_needed: whether missing `data.shards` are a problem; those that are given are always looked at.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     found = problems_of(config)
     if found:
@@ -45,7 +50,8 @@ def training_problems(config: Config) -> list[str]:
         found.append(message + f"got {prune.calibration_batch}.")
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
-    found += _data_problems(config)
+    if config.data.shards or data_needed:
+        found += _data_problems(config)
     resuming = bool(step_folders(config.run_dir / "checkpoints"))
     if config.model.weights and not resuming:
         found += starting_problems(config.model, config.diffusion, Path(config.model.weights))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from entprune_ds.cli import train
 from entprune_ds.config import ConfigError, load_config, to_yaml
 from entprune_ds.engine.ds_config import (
     SHIPPED,
@@ -389,6 +390,36 @@ def test_entropies_of_an_untrained_model_are_refused(job, weights, criterion):
     assert job.problems(*words[:1], "prune.criterion=random") == job.problems(*words[1:]) == []
     job.start(*words)
     assert job.problems(*words) == []  # a resumed model is trained
+
+
+# ---------------------------------------------------------------- --dry-run
+
+
+def test_a_dry_run_describes_data_and_weights_and_writes_nothing(job, weights, capsys):
+    assert train.main([*job.words, f"model.weights={weights}", KEPT, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    data = job.words[-3].removeprefix("data.shards=")
+    assert f"# data: 1,500 examples in 24 shards, 10 classes, latents of shape 1x8x8: {data}" in lines
+    assert f"# weights: sit, patch 2, width 32, 4 heads, depth 6 of 8, step 1, raw: {weights}" in lines
+    assert "# ZeRO-1, 1 rank(s) x micro-batch 128 x accumulation 1" in lines and not job.folder.exists()
+    assert train.main([*job.words, "data.shards=", "--dry-run"]) == 0  # settings alone, before there is any data
+    text = capsys.readouterr().out
+    assert "# data: none given yet" in text and "# weights: random, seed 0" in text
+    job.start()
+    assert train.main([*job.words, "--dry-run"]) == 0
+    assert f"# weights: {job.folder} goes on from step_00000004" in capsys.readouterr().out
+
+
+def test_a_dry_run_refuses_what_a_start_refuses_with_all_problems(damaged, shards, weights, capsys):
+    (shards / "train" / "shard-000001.tar").unlink()
+    edit_weights(weights, lambda tensors: tensors.pop("blocks.2.attn.qkv.weight"))
+    words = [f"model.weights={weights}", KEPT, "parallel.ds_config=zero9"]
+    found = damaged.problems(*words)
+    assert len(found) == 3
+    for more in (["--dry-run"], []):  # the second is a start
+        assert train.main([*damaged.words, *words, *more]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.splitlines() == [f"error: {text}" for text in found] and printed.out == ""
 
 
 # ---------------------------------------------------------------- the run folder
