@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,16 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
+from entprune_ds.cli import evaluate
 from entprune_ds.evaluation import features, latency
 from entprune_ds.evaluation.fid import class_accuracy, evaluate_samples, fid, kid, require_sqrtm_disp
 from entprune_ds.evaluation.generate import generate, make_labels
 from entprune_ds.evaluation.images import from_uint8, load_npz, save_folder, save_grid, save_npz, to_uint8
+from entprune_ds.interop.safetensors import write_export
+from entprune_ds.interop.source import Source
+from entprune_ds.interop.tensors import parameter_shapes
+from entprune_ds.models.dit import initial_tensor
+from tests.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -465,6 +472,36 @@ def test_pieces_last_at_least_20_ms_and_times_are_per_pass(monkeypatch):
 def test_speedup_is_the_median_of_paired_ratios():
     result = {"base": {1: {"repeats_ms": [10.0, 20.0, 90.0]}}, "pruned": {1: {"repeats_ms": [1.0, 10.0, 30.0]}}}
     assert latency.speedup(result, "base", "pruned") == {1: 3.0}  # the ratio of medians would be 2
+
+
+def test_the_spread_of_the_speedup_is_the_interquartile_range_of_the_paired_ratios():
+    ratios = [5.0, 1.0, 2.0, 4.0, 3.0]
+    result = {"base": {8: {"repeats_ms": [7 * r for r in ratios]}}, "pruned": {8: {"repeats_ms": [7.0] * 5}}}
+    assert latency.speedup_spread(result, "base", "pruned") == {8: {"q25": 2.0, "q75": 4.0}}
+    assert latency.speedup_spread(result, "pruned", "base")[8]["q75"] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"'big' was not measured\. Measured: base, pruned"):
+        latency.speedup_spread(result, "base", "big")
+
+
+def test_evaluate_stores_and_prints_the_speedup_with_its_spread(tmp_path, capsys):
+    config = tiny_config()
+    config = replace(config, evaluate=replace(config.evaluate, latency_batches=(1, 2), latency_repeats=4))
+    shapes, weights = parameter_shapes(config.model), {}
+    for name, kept in (("base", (0, 1, 2, 3)), ("pruned", (2,))):
+        model, facts = replace(config.model, kept_blocks=kept), {"weights": "raw", "step": 1}
+        source = Source(model, lambda n: initial_tensor(n, shapes[n], 0), facts)
+        weights[name] = write_export(tmp_path / name, source)
+    figures = {"depth": 4, "parameters": 9, "fid": 1.0, "fid_validation": 1.0, "kid": 0.0, "class_accuracy": 1.0}
+    result = {name: dict(figures) for name in weights}
+    result |= evaluate.latency(config, weights, result)
+    assert set(result["speedup"]) == set(result["speedup_iqr"]) == {"1", "2"}
+    for batch, ratio in result["speedup"].items():
+        assert result["speedup_iqr"][batch]["q25"] <= ratio <= result["speedup_iqr"][batch]["q75"]
+    protocol = {"num_samples": 1, "reference": "r", "extractor": "e", "extractor_test_accuracy": 1.0}
+    measured = {"speedup": {"1": 1.5, "2": 1.875}, "speedup_iqr": {b: {"q25": 1.25, "q75": 2.0} for b in "12"}}
+    evaluate.show(result | measured | {"protocol": protocol})
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1.50x (1.25 to 2.00) at batch 1, 1.88x (1.25 to 2.00) at batch 2" in text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA events cannot be tested")

@@ -74,6 +74,7 @@ def write_run(folder: Path, decisions: list[dict] | None = None, text: str = "pl
         "base": figures | {text: text, "latency_ms": {"1": 2.0, "64": 80.0}},
         "pruned": figures | {"depth": 2, "parameters": 617283, "fid": 7.875, "latency_ms": {"1": 1.1, "64": 41.0}},
         "speedup": {"1": 1.818, "64": 1.951},
+        "speedup_iqr": {"64": {"q25": 1.901, "q75": 2.013}},
         "protocol": {"num_samples": 1797, "tf32": False, "vae": None, text: text},
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -453,6 +454,7 @@ def test_the_report_shows_what_was_measured_and_how_to_reproduce_it(tmp_path):
     page = Page(build_report(write_run(tmp_path / "demo", rows)))
     for words in (
         "demo", "4 → 2", "50.0 % of the blocks removed", "1.23 M → 617 k", "5.12 → 7.88", "80 → 41", "1.95 ×",
+        "Measured speed-up: 1.82 × at batch 1, 1.95 × (1.90–2.01) at batch 64.",
         "Before: base_final.png", "After: final.png", "Check 0, step 50: depth 4 → 2",
         "Removed blocks 1 and 2. Lowest rank sum",
         "2, chosen", "12.50", "invalid", "forced", "num_samples", "1797", "python -m train run.name=plain", "0123abcd",

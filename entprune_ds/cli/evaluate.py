@@ -15,7 +15,8 @@ from entprune_ds.config import Config, ConfigError, load_config, problems_of
 
 HELP = """\
 Measure an exported model: FID and KID (clean-fid's functions) against the whole data set and the validation split,
-class accuracy of the samples, and the latency of a forward pass, interleaved with that of a baseline.
+class accuracy of the samples, and the latency of a forward pass, interleaved with that of a baseline: the speed-up is
+the median of the ratios of neighbouring measurements, with their interquartile range.
 
   entprune-ds evaluate run=runs/demo evaluate.baseline=runs/demo_base/model
   entprune-ds evaluate weights=demo_model data.shards=data_digits/train out=figures.json
@@ -139,9 +140,9 @@ def figures(config: Config, weights: Path, samples: str, references: dict, extra
 
 
 def latency(config: Config, weights: dict[str, Path], result: dict[str, Any]) -> dict[str, Any]:
-    """Median latency per model (put into `result`), and the speed-up as the median of paired ratios."""
+    """Median latency per model (put into `result`); the speed-up as median and quartiles of paired ratios."""
     from entprune_ds import comm
-    from entprune_ds.evaluation.latency import measure_latency, speedup
+    from entprune_ds.evaluation.latency import measure_latency, speedup, speedup_spread
     from entprune_ds.interop.source import loaded_model
     from entprune_ds.interop.weights import opened
 
@@ -156,7 +157,10 @@ def latency(config: Config, weights: dict[str, Path], result: dict[str, Any]) ->
         result[name]["latency_ms"] = {str(b): v["median_ms"] for b, v in by_batch.items()}
     if "base" not in measured:
         return {}
-    return {"speedup": {str(b): ratio for b, ratio in speedup(measured, "base", "pruned").items()}}
+    return {
+        "speedup": {str(b): ratio for b, ratio in speedup(measured, "base", "pruned").items()},
+        "speedup_iqr": {str(b): quartiles for b, quartiles in speedup_spread(measured, "base", "pruned").items()},
+    }
 
 
 def show(result: dict[str, Any]) -> None:
@@ -178,7 +182,9 @@ def show(result: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     if "speedup" in result:
-        console.print("measured speed-up: " + ", ".join(f"{v:.2f}x at batch {b}" for b, v in result["speedup"].items()))
+        spread = {b: f"{iqr['q25']:.2f} to {iqr['q75']:.2f}" for b, iqr in result["speedup_iqr"].items()}
+        shown = ", ".join(f"{v:.2f}x ({spread[b]}) at batch {b}" for b, v in result["speedup"].items())
+        console.print(f"measured speed-up, median (interquartile range) of paired repeats: {shown}")
     accuracy = result["protocol"]["extractor_test_accuracy"]
     console.print(f"extractor: {result['protocol']['extractor']}, test accuracy {accuracy:.4f}")
 

@@ -19,7 +19,8 @@ Reads weights of another code base and writes a model folder that every command 
   a .safetensors file with the same names
   a diffusers folder                         a DiTPipeline, or its transformer; safetensors only, no remote code
 
-The architecture is read from the shapes; all keys must fit, and every missing, extra or mis-shaped one is listed.
+The architecture is read from the shapes; all keys must fit, and every missing, extra or mis-shaped one is listed. A
+prefix on all keys (module., _orig_mod.) is taken off. Every value is read: NaN and infinite ones are refused.
 What the shapes cannot say must be stated:
 
   model.process=dit      DiT or SiT: both releases have the same names (a training checkpoint says which)

@@ -74,14 +74,29 @@ def speedup(result: Latency, base: str, pruned: str) -> dict[int, float]:
     Raises:
         ValueError: a name that was not measured.
     """
+    return {batch: float(np.median(ratios)) for batch, ratios in _paired_ratios(result, base, pruned).items()}
+
+
+def speedup_spread(result: Latency, base: str, pruned: str) -> dict[int, dict[str, float]]:
+    """Interquartile range of the paired ratios behind `speedup`, per batch size: {"q25", "q75"}.
+
+    Raises:
+        ValueError: a name that was not measured.
+    """
+    found = {}
+    for batch, ratios in _paired_ratios(result, base, pruned).items():
+        q25, q75 = np.percentile(ratios, [25, 75]).tolist()
+        found[batch] = {"q25": q25, "q75": q75}
+    return found
+
+
+def _paired_ratios(result: Latency, base: str, pruned: str) -> dict[int, np.ndarray]:
+    """Per batch size the ratio of every repeat."""
     for name in (base, pruned):
         if name not in result:
             raise ValueError(f"{name!r} was not measured. Measured: {', '.join(result)}.")
-    ratios = {}
-    for batch, slow in result[base].items():
-        fast = result[pruned][batch]
-        ratios[batch] = float(np.median(np.divide(slow["repeats_ms"], fast["repeats_ms"])))
-    return ratios
+    times = {batch: (slow, result[pruned][batch]) for batch, slow in result[base].items()}
+    return {batch: np.divide(slow["repeats_ms"], fast["repeats_ms"]) for batch, (slow, fast) in times.items()}
 
 
 def _inputs(batch: int, shape: tuple[int, int, int], num_classes: int, device: torch.device) -> tuple[Tensor, ...]:

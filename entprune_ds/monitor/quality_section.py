@@ -79,8 +79,8 @@ def quality_section(run: RunFolder) -> Markup | None:
         times = [number(v, "latency_ms", batch) for v in sides.values()]
         rows.append((f"latency, batch {batch} (ms)", *map(sensible, times)))
     rows = [r for r in rows if any(c != MISSING for c in r[1:])]
-    speedups = [(b, number(run.evaluation, "speedup", b)) for b in plots.batches(run.evaluation)]
-    measured = ", ".join(f"{v:.2f} × at batch {b}" for b, v in speedups if v > 0)
+    speedups = [_speedup(run, b) for b in plots.batches(run.evaluation)]
+    measured = ", ".join(text for text in speedups if text)
     protocol = run.evaluation.get("protocol")
     bars = plots.comparison(run.evaluation) if len(sides) == 2 else None
     return tag(
@@ -92,6 +92,14 @@ def quality_section(run: RunFolder) -> Markup | None:
         tag("h3", "Protocol"),
         facts(protocol) if isinstance(protocol, dict) and protocol else tag("p", "The protocol was not recorded."),
     )
+
+
+def _speedup(run: RunFolder, batch: str) -> str:
+    """Median, and the interquartile range where it was stored; empty when nothing was measured."""
+    median = number(run.evaluation, "speedup", batch)
+    low, high = (number(run.evaluation, "speedup_iqr", batch, q) for q in ("q25", "q75"))
+    spread = f" ({low:.2f}–{high:.2f})" if low > 0 and high > 0 else ""
+    return f"{median:.2f} ×{spread} at batch {batch}" if median > 0 else ""
 
 
 def _cell(name: str, value: object) -> str:
