@@ -18,7 +18,7 @@ from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
-from entprune_ds.faults import explained, locked_run_folder, raise_on_signals, tell, watched
+from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell, watched
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision
@@ -37,7 +37,7 @@ def train(config: Config, arguments: list[str]) -> None:
     raise_on_signals()
     with explained(config.run_dir):
         joined = comm.init(config.run.timeout_seconds)
-        with locked_run_folder(config.run_dir):
+        with locked_by_job([config.run_dir], "`run.name` or `run.root`"):
             with watched(config.run.timeout_seconds, config.run_dir):
                 run = open_run(config, arguments)
                 try:

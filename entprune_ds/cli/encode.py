@@ -109,6 +109,7 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
     from entprune_ds.cli.train import limit_threads
     from entprune_ds.data.encode import encode_shards
     from entprune_ds.data.index import load_index
+    from entprune_ds.faults import locked_by_job
     from entprune_ds.interop.vae import load_vae
     from entprune_ds.logs import progress
 
@@ -129,15 +130,16 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.data.encode_dtype == "bfloat16"):
             return vae.encode(images)
 
-    for name, index in indices.items():
-        out = folders[name][1]
-        with progress(f"encode, {name}", total=index.total) as line:
-            result = encode_shards(
-                index, out, moments, {**facts, "split": name}, batch_size=batch_size, classes=class_names(index),
-                watch=line.update,
-            )  # fmt: skip
-        if comm.is_main():
-            print(f"{name}: {result['total']} examples in {len(result['shards'])} shards, {out}", flush=True)
+    with locked_by_job([out for _, out in folders.values()], "`out`"):
+        for name, index in indices.items():
+            out = folders[name][1]
+            with progress(f"encode, {name}", total=index.total) as line:
+                result = encode_shards(
+                    index, out, moments, {**facts, "split": name}, batch_size=batch_size, classes=class_names(index),
+                    watch=line.update,
+                )  # fmt: skip
+            if comm.is_main():
+                print(f"{name}: {result['total']} examples in {len(result['shards'])} shards, {out}", flush=True)
     return 0
 
 
