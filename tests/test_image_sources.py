@@ -197,6 +197,24 @@ def test_links_missing_parts_and_labels_out_of_range_are_listed(tmp_path):
     assert reasons["a.tar/far.jpg"] == "its label 9 is not below 5" and "link" in reasons["a.tar/l.jpg"]
 
 
+def test_a_key_that_occurs_again_is_listed_and_the_first_one_is_used(tmp_path):
+    one = tar_of(tmp_path / "a.tar", [("1.jpg", b"first"), ("1.cls", b"1"), ("1.txt", b""), ("2.jpg", b"x"),
+                                      ("2.cls", b"2"), ("2.cls", b"3"), ("1.jpg", b"second"), ("1.cls", b"4"),
+                                      ("1.JPG", b"third"), ("1.txt", b""), ("3.cls", b"5"),
+                                      ("3.jpg", b"y")])  # fmt: skip
+    two = tar_of(tmp_path / "b.tar", [("1.jpg", b"other"), ("1.cls", b"6")])
+    source = source_of(one, two)
+    assert pairs(source) == [("a.tar/1.jpg", 1), ("a.tar/2.jpg", 2), ("a.tar/3.jpg", 5), ("b.tar/1.jpg", 6)]
+    assert [read_bytes(source.root, item, 99) for item in source.items] == [b"first", b"x", b"y", b"other"]
+    assert source.unusable == (
+        ("a.tar/2", "occurs again in the tar (cls); the first occurrence is used"),
+        ("a.tar/1", "occurs again in the tar (cls, jpg, txt); the first occurrence is used"),
+        ("a.tar/1", "occurs again in the tar (jpg); the first occurrence is used"),
+    )
+    with pytest.raises(SourceError, match=r"a.tar is named twice by"):
+        tar_paths(f"{tmp_path}/{{a,b,a}}.tar")
+
+
 def test_damaged_tars_are_all_named(tmp_path):
     members = [(f"{i}.{suffix}", b"7" * 700) for i in range(30) for suffix in ("jpg", "cls")]
     whole = tar_of(tmp_path / "whole.tar", members).read_bytes()

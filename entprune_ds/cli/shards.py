@@ -30,7 +30,9 @@ sources:
   source=csv src=FILE.csv       first line `path,label`; paths are relative to the folder of the file and
                                 may not leave it; labels are numbers from 0, or class names
   source=webdataset src=TARS    a folder or a pattern such as 'in/{00..99}.tar' of tars that hold KEY.jpg
-                                (.png, .webp) beside KEY.cls, or KEY.json with "label"; order is kept
+                                (.png, .webp) beside KEY.cls, or KEY.json with "label"; order is kept. A KEY
+                                that occurs again in its tar is skipped and listed: the first one is used.
+                                The same KEY in another tar is another example.
   source=digits                 scikit-learn's 1797 handwritten digits, 8x8, scaled to [-1, 1], 1500 for
                                 training and 297 for validation (default)
 
