@@ -54,6 +54,8 @@ class Run:
     """Monotonic seconds at the last throughput measurement."""
     saved: int = -1
     """Step of the newest checkpoint."""
+    reading: bool = False
+    """Whether the stream of this start has given a batch."""
     validated: tuple[int, int] = (-1, -1)
     """Step and depth of the newest validation."""
 
@@ -169,7 +171,10 @@ def validation_draws(config: Config) -> Draws | None:
         global_batch_size=count, purpose="validation", latent_scale=config.data.latent_scale,
         max_skipped=config.data.max_skipped, allow_pipe=config.data.allow_pipe,
     )  # fmt: skip
-    batch = stream.next_batch()
+    try:
+        batch = stream.next_batch()
+    except (ValueError, OSError) as problem:
+        raise comm.RankError(f"validation: {problem}") from problem
     objective = build_objective(config.model, config.diffusion)
     return objective.make_draws(
         batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="validation", step=0

@@ -92,11 +92,22 @@ def one_step(run: Run) -> Tensor:
 
 
 def next_batch(run: Run) -> Batch:
-    """This rank's part of the next global batch; a damaged shard ends the job, with the shard's name."""
+    """This rank's part of the next global batch; a damaged shard ends the job, with the shard's name.
+
+    The first batch of a start is waited for together: what is wrong with the data from the beginning ends all ranks
+    with the same message. Later each rank is alone, for a meeting at every step would cost time.
+    """
+    batch, error = None, None
     try:
-        return run.stream.next_batch()
+        batch = run.stream.next_batch()
     except (ValueError, OSError) as problem:
-        raise comm.RankError(f"step {run.step}: {problem}") from problem
+        error = f"step {run.step}: {problem}"
+    if not run.reading:
+        comm.raise_together(error)
+        run.reading = True
+    if batch is None:
+        raise comm.RankError(error)
+    return batch
 
 
 def prune_check(run: Run) -> None:
