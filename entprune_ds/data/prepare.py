@@ -11,11 +11,11 @@ import numpy as np
 
 from entprune_ds import rng
 from entprune_ds.data import resumable
+from entprune_ds.data.image_csv import csv_source
 from entprune_ds.data.image_sources import (
     Item,
     Source,
     SourceError,
-    csv_source,
     folder_source,
     read_bytes,
     split_folders,
