@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return refuse([str(error)])
     if dry_run:
-        return _describe(folders)
+        return _describe(folders, config.data.allow_pipe)
     from entprune_ds import comm
 
     try:
@@ -81,13 +81,13 @@ def find_folders(config: Config) -> dict[str, tuple[str, Path]]:
     return {"shards": (config.data.shards, out)}
 
 
-def _describe(folders: dict[str, tuple[str, Path]]) -> int:
+def _describe(folders: dict[str, tuple[str, Path]], allow_pipe: bool) -> int:
     """--dry-run: what there is to encode."""
     from entprune_ds.data.index import ShardError, load_index
 
     for name, (source, out) in folders.items():
         try:
-            index = load_index(source)
+            index = load_index(source, allow_pipe)
         except ShardError as error:
             return refuse([str(error)])
         if os.environ.get("RANK", "0") == "0":
@@ -113,7 +113,7 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
     from entprune_ds.interop.vae import load_vae
     from entprune_ds.logs import progress
 
-    indices = {name: load_index(source) for name, (source, _) in folders.items()}
+    indices = {name: load_index(source, config.data.allow_pipe) for name, (source, _) in folders.items()}
     limit_threads()
     if "RANK" in os.environ:
         comm.init(config.run.timeout_seconds)
