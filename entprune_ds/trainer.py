@@ -163,7 +163,8 @@ def conclude(run: Run) -> None:
     checkpoint(run)  # first: whatever happens to the rest, the training is done
     run.stream.close()
     validate(run)
-    sample_grid(run, "final")
+    with progress("samples", total=run.config.sample.grid) as line:
+        sample_grid(run, "final", line.update)
 
 
 def hand_over(run: Run) -> None:
