@@ -17,6 +17,7 @@ from entprune_ds import comm
 from entprune_ds.launcher import first_gone, launchers
 from entprune_ds.locks import FolderBusy, locked
 from entprune_ds.logs import get_logger
+from entprune_ds.redact import redacted
 
 
 class Interrupted(BaseException):
@@ -121,7 +122,7 @@ def tell(error: BaseException, folder: Path) -> int:
     status, text = _explain(error, folder)
     if text and not _told:
         if status == 1:
-            traceback.print_exception(error)
+            print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         _say(text)
     _told.append(status)
     return _told[0]

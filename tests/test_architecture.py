@@ -22,6 +22,7 @@ FLOORS = (
         "plain_yaml",
         "atomic",
         "locks",
+        "redact",
         "comm",
         "rng",
         "logs",

@@ -12,6 +12,7 @@ from entprune_ds import config, logs
 from entprune_ds.cli.common import split_shortcuts, wants_help
 from entprune_ds.config_checks import image_problems
 from entprune_ds.locks import locked
+from entprune_ds.redact import redacted
 
 if TYPE_CHECKING:
     from entprune_ds.data.prepare import Job, Split
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = read_settings([word for word in words if word != "--dry-run"])
         return write(settings, dry_run="--dry-run" in words)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(redacted(str(error)), file=sys.stderr)
         return 2
     except OSError as error:
         message = f"cannot read or write {error.filename or 'the shards'}: {error.strerror or error}."
