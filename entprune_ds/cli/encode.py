@@ -29,7 +29,7 @@ every image and of its mirror image. Training draws the latents and the flips an
   sample.vae=VAE    folder of a diffusers AutoencoderKL, or a hub name such as stabilityai/sd-vae-ft-ema
 
 Every rank writes shards of its own. The same command goes on after the finished shards, on any number of ranks, and
-repairs damaged ones. --dry-run counts, and stops.
+repairs damaged ones, which it names; a second job for the same folder is refused. --dry-run counts, and stops.
 """
 SECTIONS = ["data"]
 

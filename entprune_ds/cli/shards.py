@@ -57,7 +57,7 @@ settings:
 
 The same command writes the same bytes, whatever the number of workers. Interrupted or killed, it goes on
 after the finished shards when it is started again; on a finished folder it verifies the checksums and
-repairs what is damaged; a folder of another data set is left untouched. Two commands cannot write one
+repairs what is damaged and names it; a folder of another data set is left untouched. Two commands cannot write one
 folder at the same time: the second is refused.
 
 examples:
