@@ -36,6 +36,7 @@ from entprune_ds.config_schema import (
     TrainConfig,
 )
 from entprune_ds.plain_yaml import read_yaml
+from entprune_ds.redact import redacted_values
 
 __all__ = [
     "NOT_ARCHITECTURE",
@@ -58,6 +59,7 @@ __all__ = [
     "model_problems",
     "problems_of",
     "to_dict",
+    "to_stored",
     "to_yaml",
 ]
 
@@ -255,9 +257,14 @@ def to_dict(config: Any) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def to_stored(config: Config) -> dict:
+    """Nested plain values that files, logs and W&B may hold: without the secrets of addresses."""
+    return redacted_values(to_dict(config))
+
+
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML text."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    """The resolved config as YAML text, without the secrets of addresses."""
+    return yaml.safe_dump(to_stored(config), sort_keys=False)
 
 
 def digest(values: Any) -> str:

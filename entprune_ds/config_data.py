@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class DataConfig:
     shards: str = ""
     """Training shards: a folder written by `entprune-ds shards`, a brace pattern of tar files, or http(s) URLs of
-    either."""
+    either. A token after the `?` of a URL is used and never stored: every command, also run=FOLDER, needs it again."""
     val_shards: str = ""
     """Validation shards, in the same forms; empty means SHARDS/../val where it exists."""
     num_readers: int = 64
@@ -25,7 +25,8 @@ class DataConfig:
     """Batches that the workers of a rank prepare ahead, in shared memory."""
     max_skipped: int = 16
     """Different damaged examples that may be skipped in the run, each reported once; one more ends it. (The metric
-    data/skipped counts every skip, in all epochs.) A missing shard, or a wrong size or checksum, is always an error."""
+    data/skipped counts every skip, in all epochs.) A missing shard, a wrong size or checksum, or an epoch of a reader
+    without one sound example is always an error."""
     allow_pipe: bool = False
     """Whether shards may be `pipe:` and a shell command that prints them, such as `pipe:aws s3 cp s3://b/{0..9}.tar -`.
     Counts on the command line only, not in a preset: it runs a shell."""

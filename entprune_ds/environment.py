@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from entprune_ds.config import Config, digest, to_dict
+from entprune_ds.config import Config, digest, to_stored
+from entprune_ds.redact import redacted
 
 PACKAGES = ("entprune_ds", "torch", "deepspeed", "webdataset", "wandb", "safetensors", "numpy", "scipy", "clean-fid")
 
@@ -20,7 +21,7 @@ def environment(config: Config, world_size: int, command: str) -> dict[str, Any]
     return {
         "command": command,
         "commit": commit(),
-        "config_digest": digest(to_dict(config)),
+        "config_digest": digest(to_stored(config)),
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -29,8 +30,8 @@ def environment(config: Config, world_size: int, command: str) -> dict[str, Any]
 
 
 def launch_command(arguments: list[str], world_size: int) -> str:
-    """The command line that repeats this run, quoted for a shell."""
-    words = " ".join(shlex.quote(a) for a in arguments)
+    """The command line that repeats this run, quoted for a shell; secrets of addresses are left out."""
+    words = " ".join(shlex.quote(redacted(a)) for a in arguments)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
     nodes = f"--num_nodes {world_size // local} " if world_size > local else ""
     launcher = "python -m" if world_size == 1 else f"deepspeed {nodes}--num_gpus {local} --module"

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import faulthandler
-import fcntl
 import os
 import shutil
 import signal
-import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 from entprune_ds import comm
 from entprune_ds.launcher import first_gone, launchers
+from entprune_ds.locks import FolderBusy, locked
 from entprune_ds.logs import get_logger
+from entprune_ds.redact import redacted
 
 
 class Interrupted(BaseException):
@@ -41,46 +39,27 @@ def raise_on_signals() -> None:
 
 
 @contextmanager
-def locked_run_folder(folder: Path) -> Iterator[None]:
-    """Create the run folder and hold its lock on rank 0 while the run lasts. Collective.
+def locked_by_job(folders: Iterable[Path], setting: str) -> Iterator[None]:
+    """Make folders and hold their locks on rank 0 while the whole job works in them. Collective.
 
-    The lock is an advisory file lock: it vanishes with its process, so there are no stale locks.
+    Args:
+        folders: to lock.
+        setting: what names them, for messages.
 
     Raises:
-        DistributedError: on all ranks, when another process holds it or the folder cannot be written.
+        DistributedError: on all ranks, when another job holds one or it cannot be written.
     """
-    error, handle = None, None
-    if comm.is_main():
-        try:
-            handle = _lock(folder)
-        except BlockingIOError:
-            owner = (folder / "lock").read_text().strip() or "an unknown process"
-            error = f"run folder {folder} is in use by {owner}. Wait for it, stop it, or choose another `run.name`."
-        except OSError as problem:
-            error = f"run folder {folder} cannot be written: {problem}. Choose another `run.root` or free space."
-    comm.raise_together(error)
-    try:
+    error = None
+    with ExitStack() as held:
+        for folder in folders if comm.is_main() else ():
+            try:
+                held.enter_context(locked(folder, setting))
+            except FolderBusy as problem:
+                error = str(problem)
+            except OSError as problem:
+                error = f"{folder} cannot be written: {problem}. Choose another {setting}, or free space."
+        comm.raise_together(error)
         yield
-    finally:
-        if handle is not None:
-            handle.close()
-
-
-def _lock(folder: Path) -> IO[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = open(folder / "lock", "a+")  # noqa: SIM115 - the open file is the lock
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as problem:
-        if problem.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        get_logger().warning("%s has no file locks: make sure that no other job uses this run folder", folder)
-    handle.seek(0)
-    handle.truncate()
-    job = os.environ.get("SLURM_JOB_ID")
-    handle.write(f"host {socket.gethostname()}, process {os.getpid()}" + (f", Slurm job {job}" if job else "") + "\n")
-    handle.flush()
-    return handle
 
 
 def check_space(folder: Path, needed_bytes: int) -> str | None:
@@ -143,7 +122,7 @@ def tell(error: BaseException, folder: Path) -> int:
     status, text = _explain(error, folder)
     if text and not _told:
         if status == 1:
-            traceback.print_exception(error)
+            print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         _say(text)
     _told.append(status)
     return _told[0]

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from entprune_ds.redact import redacted
+
 
 def get_logger() -> logging.Logger:
     """Logger "entprune_ds": INFO on rank 0, errors only on the others."""
@@ -23,11 +25,18 @@ def get_logger() -> logging.Logger:
         rank = os.environ.get("RANK", "0")
         handler = _Stderr()
         prefix = "" if rank == "0" else f"[rank {rank}] "
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if rank == "0" else logging.ERROR)
         logger.propagate = False
     return logger
+
+
+class _Formatter(logging.Formatter):
+    """Keeps the secrets of addresses out of every line, whoever wrote it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 class _Stderr(logging.StreamHandler):
@@ -69,8 +78,8 @@ class ProgressLine:
         elif self.visible and (done == self.total or time.monotonic() - self.last >= self.seconds):
             self.last = time.monotonic()
             rate = (done - self.start_done) / max(self.last - self.start_time, 1e-9)
-            left = (self.total - done) / rate if rate > 0 else float("nan")
-            get_logger().info("%s %d/%d  %s  %.0f s left", self.title, done, self.total, text, left)
+            left = f"{(self.total - done) / rate:.0f} s left" if rate > 0 else "started"
+            get_logger().info("%s %d/%d  %s  %s", self.title, done, self.total, text, left)
 
     def close(self) -> None:
         """Leave the terminal clean."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.atomic import write_text
-from entprune_ds.config import Config, ModelConfig, to_dict, to_yaml
+from entprune_ds.config import Config, ModelConfig, to_stored, to_yaml
 from entprune_ds.data.stream import Stream, merge_states
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
 from entprune_ds.engine.build import Engine, build_engine, fresh_state, initialize_fresh
@@ -55,6 +55,8 @@ class Run:
     """Monotonic seconds at the last throughput measurement."""
     saved: int = -1
     """Step of the newest checkpoint."""
+    reading: bool = False
+    """Whether the stream of this start has given a batch."""
     validated: tuple[int, int] = (-1, -1)
     """Step and depth of the newest validation."""
 
@@ -118,7 +120,8 @@ def open_folder(
     if comm.is_main():
         try:
             error = check_space(folder, needed_bytes=2 * 16 * count_parameters(config.model))
-            write_text(folder / "config.yaml", to_yaml(config))
+            data = replace(config.data, allow_pipe=False)  # counts for one command line, not for who reads the folder
+            write_text(folder / "config.yaml", to_yaml(replace(config, data=data)))
             command = launch_command(arguments, comm.world_size())
             write_text(folder / "env.json", json.dumps(environment(config, comm.world_size(), command), indent=2))
             for unfinished in (folder / "checkpoints").glob(".writing_*"):
@@ -186,7 +189,10 @@ def validation_draws(config: Config) -> Draws | None:
         global_batch_size=count, purpose="validation", latent_scale=config.data.latent_scale,
         max_skipped=config.data.max_skipped, allow_pipe=config.data.allow_pipe,
     )  # fmt: skip
-    batch = stream.next_batch()
+    try:
+        batch = stream.next_batch()
+    except (ValueError, OSError) as problem:
+        raise comm.RankError(f"validation: {problem}") from problem
     objective = build_objective(config.model, config.diffusion)
     return objective.make_draws(
         batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="validation", step=0
@@ -200,7 +206,7 @@ def checkpoint(run: Run) -> None:
     record = {
         "stream": merge_states(comm.all_gather_json(run.stream.state())),
         "decisions": [d.to_json() for d in run.decisions],
-        "config": to_dict(run.config),
+        "config": to_stored(run.config),
         "metrics_bytes": metrics_size(run.folder),
     }
     root = run.folder / "checkpoints"

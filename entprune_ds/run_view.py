@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,10 +57,15 @@ def validate(run: Run) -> None:
     log.info("step %d: validation loss %.5f, EMA %.5f", run.step, *values.values())
 
 
-def sample_grid(run: Run, name: str) -> None:
+def sample_grid(run: Run, name: str, watch: Callable[[int, str], None] = lambda done, text: None) -> None:
     """Samples of the EMA weights as a PNG; every rank draws its share. Skipped unless there are 1 or 3 channels.
 
     A picture that cannot be drawn or written is a warning: the training goes on.
+
+    Args:
+        run: the run.
+        name: of the picture.
+        watch: called at every evaluation of the model with the pictures that are done over all ranks, and a text.
     """
     config, model = run.config, run.config.model
     if model.in_channels not in (1, 3):
@@ -68,9 +74,19 @@ def sample_grid(run: Run, name: str) -> None:
     labels = make_labels("balanced", count, model.num_classes, config.sample.seed).to(comm.device())
     sampler = build_sampler(model, config.diffusion, config.sample, anyone=_on_any_rank)
     view, diverged = ShardedView(run.engine, "ema"), []
+    done = evaluations = 0
+
+    def watched(z: Tensor, t: Tensor, y: Tensor) -> Tensor:  # (n,C,H,W), (n,), (n,) -> (n,C',H,W)
+        nonlocal evaluations
+        evaluations += 1
+        watch(done, f"{evaluations} evaluations of the model")
+        return view(z, t, y)
 
     def draw(noise: Tensor, y: Tensor, noise_at: NoiseAt) -> Tensor:  # (n,C,H,W), (n,) -> (n,C,H,W)
-        images = sampler(view, noise, y, noise_at)
+        nonlocal done
+        images = sampler(watched, noise, y, noise_at)
+        done += len(y) * comm.world_size()  # the ranks draw in step
+        watch(min(done, config.sample.grid), f"{evaluations} evaluations of the model")
         diverged.append(not bool(torch.isfinite(images).all()))
         return torch.nan_to_num(images)
 

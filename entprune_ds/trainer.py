@@ -18,7 +18,7 @@ from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
-from entprune_ds.faults import explained, locked_run_folder, raise_on_signals, tell, watched
+from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell, watched
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision
@@ -37,7 +37,7 @@ def train(config: Config, arguments: list[str]) -> None:
     raise_on_signals()
     with explained(config.run_dir):
         joined = comm.init(config.run.timeout_seconds)
-        with locked_run_folder(config.run_dir):
+        with locked_by_job([config.run_dir], "`run.name` or `run.root`"):
             with watched(config.run.timeout_seconds, config.run_dir):
                 run = open_run(config, arguments)
                 try:
@@ -92,11 +92,22 @@ def one_step(run: Run) -> Tensor:
 
 
 def next_batch(run: Run) -> Batch:
-    """This rank's part of the next global batch; a damaged shard ends the job, with the shard's name."""
+    """This rank's part of the next global batch; a damaged shard ends the job, with the shard's name.
+
+    The first batch of a start is waited for together: what is wrong with the data from the beginning ends all ranks
+    with the same message. Later each rank is alone, for a meeting at every step would cost time.
+    """
+    batch, error = None, None
     try:
-        return run.stream.next_batch()
+        batch = run.stream.next_batch()
     except (ValueError, OSError) as problem:
-        raise comm.RankError(f"step {run.step}: {problem}") from problem
+        error = f"step {run.step}: {problem}"
+    if not run.reading:
+        comm.raise_together(error)
+        run.reading = True
+    if batch is None:
+        raise comm.RankError(error)
+    return batch
 
 
 def prune_check(run: Run) -> None:
@@ -152,7 +163,8 @@ def conclude(run: Run) -> None:
     checkpoint(run)  # first: whatever happens to the rest, the training is done
     run.stream.close()
     validate(run)
-    sample_grid(run, "final")
+    with progress("samples", total=run.config.sample.grid) as line:
+        sample_grid(run, "final", line.update)
 
 
 def hand_over(run: Run) -> None:

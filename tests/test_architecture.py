@@ -21,6 +21,8 @@ FLOORS = (
         "config_checks",
         "plain_yaml",
         "atomic",
+        "locks",
+        "redact",
         "comm",
         "rng",
         "logs",

@@ -98,7 +98,7 @@ def test_two_ranks_write_what_one_process_writes(vae, pixels, encoded, tmp_path)
     assert content(tmp_path) == content(encoded)
 
 
-def test_a_rank_that_is_killed_ends_the_job_and_a_restart_completes_it(vae, tmp_path):
+def test_a_rank_that_is_killed_ends_the_job_and_a_restart_completes_it(vae, tmp_path, capsys):
     source = write_pixels(tmp_path / "pixels", 60, 1)
     words = [f"data.shards={source}", f"sample.vae={vae}", "data.encode_batch=1"]
     command = [sys.executable, "-m", "entprune_ds.cli.encode", *words, f"out={tmp_path / 'cut'}"]
@@ -120,8 +120,10 @@ def test_a_rank_that_is_killed_ends_the_job_and_a_restart_completes_it(vae, tmp_
         assert main([*words, f"out={tmp_path / out}"]) == 0
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
     assert {p.name: p.stat().st_mtime_ns for p in parts.glob("0*.json") if p.name in finished} == finished
+    assert "written again" not in capsys.readouterr().err
     (tmp_path / "cut" / "shard-000007.tar").write_bytes(b"damaged")
     assert main([*words, f"out={tmp_path / 'cut'}"]) == 0  # and repairs what is damaged
+    assert f"written again in {tmp_path / 'cut'}: shard-000007.tar (was damaged)\n" in capsys.readouterr().err
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
@@ -131,7 +133,7 @@ def test_bfloat16_is_near_and_another_precision_is_another_data_set(vae, pixels,
     for (_, near, _), (_, exact, _) in zip(entries(tmp_path), entries(encoded / "val"), strict=True):
         assert 0 < np.abs(near - exact).max() < 0.1
     assert main([*words[:2], f"out={tmp_path}"]) == 1
-    assert "already holds other shards" in capsys.readouterr().err
+    assert "already holds other shards: data.encode_dtype was bfloat16, is float32. Give" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_clear_error(vae, pixels, tmp_path, capsys, digits):

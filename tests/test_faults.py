@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from entprune_ds.atomic import file_sha256
+from entprune_ds.config import load_config
+from entprune_ds.data.stream import Stream
 from tests.ranks import free_port, run_ranks
 from tests.test_training import equal_state, losses, words
 
@@ -127,8 +132,6 @@ def test_a_run_folder_in_use_is_refused(digits, tmp_path):
 
 
 def test_a_shard_that_breaks_while_training_ends_the_job_with_its_name(digits, tmp_path):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(digits, data)
     process = launch(words(str(data), tmp_path, "broken", *LONG, "data.shuffle_buffer=16"), tmp_path / "log")
@@ -139,6 +142,27 @@ def test_a_shard_that_breaks_while_training_ends_the_job_with_its_name(digits, t
     text = (tmp_path / "log").read_text()
     assert re.search(r"step \d+: .*shard-\d+\.tar", text)
     assert "the same command resumes from it" in text
+
+
+def test_data_that_is_bad_from_the_start_for_one_rank_ends_all_with_one_message(digits, tmp_path):
+    """Rank 1 finds no sound example in its first pass; rank 0, whose data are sound, hears of it at the same batch."""
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    settings = load_config(words(str(data), tmp_path, "bad"))
+    order = {"num_readers": settings.data.num_readers, "shuffle_buffer": settings.data.shuffle_buffer}
+    stream = Stream(data / "train", seed=settings.run.seed, global_batch_size=order["num_readers"], **order)
+    values = json.loads((data / "train" / "index.json").read_text())
+    for entry in values["shards"]:
+        if any(entry["name"] == shard.name for shard in stream.readers[1].shards):
+            path = data / "train" / entry["name"]
+            path.write_bytes(path.read_bytes().replace(b"\x93NUMPY", b"\x93NUMPX"))
+            entry["sha256"] = file_sha256(path)
+    (data / "train" / "index.json").write_text(json.dumps(values))
+    process = launch(words(str(data), tmp_path, "bad", "data.max_skipped=100000"), tmp_path / "log")
+    assert finish(process, seconds=100) == 2
+    text = (tmp_path / "log").read_text()
+    assert text.count("step 0: Not one of the") == 1 and "epoch of reader 1 (shard-" in text
+    assert "[rank 1]" not in text.partition("Not one of the")[2] and "lost contact" not in text
 
 
 def small_disk(folder: Path, megabytes: int) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from entprune_ds.data.image_sources import Item, SourceError, csv_source, folder_source, read_bytes, split_folders
+from entprune_ds.data.image_csv import csv_source
+from entprune_ds.data.image_sources import Item, SourceError, folder_source, read_bytes, split_folders
 from entprune_ds.data.image_tars import scan_tar, tar_paths, tar_source
 
 
@@ -115,14 +116,22 @@ def test_csv_paths_may_not_leave_through_links(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a.jpg,0\n", "its first line must name the columns path and label"),
+        ("a.jpg,0\n", "line 1: it must name the columns path and label, got 'a.jpg,0'. Add `path,label`"),
+        ("path;label\na.jpg;0\n", "line 1: the columns are separated by ';', not by commas"),
+        ("path\tlabel\na.jpg\t0\n", "line 1: the columns are separated by '\\t', not by commas"),
+        ("path,label,path\na,0,b\n", "line 1: the column path is named twice"),
         ("path,label\n", "lists no images"),
+        ("", "lists no images"),
+        ("path,label\na.jpg,0\n\nb.jpg,0,1\n", "line 4: it has 3 cells, the header names 2. Put a text with a comma"),
         ("path,label\na.jpg\n", "line 2: the label is missing"),
         ("path,label\na.jpg,-1\n", "line 2: the label must be a whole number from 0 to 99999, got '-1'"),
         ("path,label\na.jpg,1.5\n", "got '1.5'"),
         ("path,label\na.jpg,1\nb.jpg,cat\n", "line 3: the label must be a whole number"),
         ("path,label\na.jpg,99999999999\n", "line 2: the label must be"),
-        ('path,label\n"a.jpg,1\n', "is not a UTF-8 CSV file"),
+        ('path,label\nb.jpg,1\n"a.jpg,1\nc.jpg,1\n', "line 3: is not CSV, or a quote does not close (unexpected end"),
+        ('path,label\n"a.jpg,1\nb.jpg"",1\n"c.jpg",1\n', "line 2: is not CSV, or a quote does not close"),
+        ('path,label,note\n\na.jpg,1,"x\nb.jpg,1,y"\nc.jpg,1,z\n', "line 3: a quote opens that closes in line 4 only"),
+        ('path,label\n"a.jpg"x,1\n', "line 2: is not CSV"),
     ],
 )
 def test_csv_problems_name_the_line(tmp_path, text, problem):
@@ -138,8 +147,8 @@ def test_csv_labels_out_of_range_are_listed_ten_at_most(tmp_path):
     lines = str(caught.value).splitlines()
     assert len(lines) == 11 and "line 14: the label must be a whole number from 0 to 11, got '12'" in lines[0]
     assert lines[-1] == "... and 8 more lines."
-    (tmp_path / "data" / "labels.csv").write_bytes(b"path,label\n\xff\xfe.jpg,1\n")
-    with pytest.raises(SourceError, match="not a UTF-8"):
+    (tmp_path / "data" / "labels.csv").write_bytes(b"path,label\na.jpg,1\n\xff\xfe.jpg,1\n")
+    with pytest.raises(SourceError, match="line 3: is not UTF-8"):
         csv_source(tmp_path / "data" / "labels.csv")
 
 
@@ -195,6 +204,24 @@ def test_links_missing_parts_and_labels_out_of_range_are_listed(tmp_path):
     reasons = dict(source.unusable)
     assert set(reasons) == {f"a.tar/{key}" for key in ("l.jpg", "l", "n", "w", "j", "two", "far.jpg")}
     assert reasons["a.tar/far.jpg"] == "its label 9 is not below 5" and "link" in reasons["a.tar/l.jpg"]
+
+
+def test_a_key_that_occurs_again_is_listed_and_the_first_one_is_used(tmp_path):
+    one = tar_of(tmp_path / "a.tar", [("1.jpg", b"first"), ("1.cls", b"1"), ("1.txt", b""), ("2.jpg", b"x"),
+                                      ("2.cls", b"2"), ("2.cls", b"3"), ("1.jpg", b"second"), ("1.cls", b"4"),
+                                      ("1.JPG", b"third"), ("1.txt", b""), ("3.cls", b"5"),
+                                      ("3.jpg", b"y")])  # fmt: skip
+    two = tar_of(tmp_path / "b.tar", [("1.jpg", b"other"), ("1.cls", b"6")])
+    source = source_of(one, two)
+    assert pairs(source) == [("a.tar/1.jpg", 1), ("a.tar/2.jpg", 2), ("a.tar/3.jpg", 5), ("b.tar/1.jpg", 6)]
+    assert [read_bytes(source.root, item, 99) for item in source.items] == [b"first", b"x", b"y", b"other"]
+    assert source.unusable == (
+        ("a.tar/2", "occurs again in the tar (cls); the first occurrence is used"),
+        ("a.tar/1", "occurs again in the tar (cls, jpg, txt); the first occurrence is used"),
+        ("a.tar/1", "occurs again in the tar (jpg); the first occurrence is used"),
+    )
+    with pytest.raises(SourceError, match=r"a.tar is named twice by"):
+        tar_paths(f"{tmp_path}/{{a,b,a}}.tar")
 
 
 def test_damaged_tars_are_all_named(tmp_path):

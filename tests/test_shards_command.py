@@ -94,20 +94,47 @@ def test_the_bytes_do_not_depend_on_the_workers_and_a_second_run_changes_nothing
     changed[1000] ^= 1  # of the same size
     (tmp_path / "two" / "train" / "shard-000003.tar").write_bytes(changed)
     (tmp_path / "two" / "train" / "shard-000004.tar").unlink()
-    assert run(capsys, "source=folder", f"src={images}", f"out={tmp_path / 'two'}")[0] == 0
-    assert content(tmp_path / "two") == whole
+    (tmp_path / "two" / "train" / "parts" / "000005.json").write_text("{")
+    (tmp_path / "two" / "train" / "parts" / "000006.json").unlink()
+    status, _, error = run(capsys, "source=folder", f"src={images}", f"out={tmp_path / 'two'}")
+    assert status == 0 and content(tmp_path / "two") == whole
+    told = [line for line in error.splitlines() if "written again" in line]
+    assert len(told) == 1 and told[0].endswith(
+        f"written again in {tmp_path / 'two' / 'train'}: shard-000003.tar (was damaged), shard-000004.tar (was missing)"
+        ", shard-000005.tar (parts/000005.json is damaged), shard-000006.tar (parts/000006.json is missing)"
+    )
+    error = run(capsys, "source=folder", f"src={images}", f"out={tmp_path / 'two'}")[2]
+    assert "written again" not in error
+
+
+def test_digits_that_are_written_again_are_told(tmp_path, capsys):
+    assert main([f"out={tmp_path}"]) == 0 and "written again" not in capsys.readouterr().err
+    (tmp_path / "val" / "shard-000001.tar").unlink()
+    assert main([f"out={tmp_path}"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "written again" in line]
+    assert len(told) == 1 and told[0].endswith(f"written again: {tmp_path}/val/shard-000001.tar is missing.")
 
 
 def test_another_data_set_or_setting_is_refused_and_leaves_the_folder_alone(images, tmp_path, capsys):
     words = ["source=folder", f"src={images}", f"out={tmp_path / 'out'}"]
     assert run(capsys, *words)[0] == 0
     before = content(tmp_path)
-    for change in ("data.val_fraction=0.1", "data.max_pixels=5000", "data.num_classes=4"):
+    for change, differs in [
+        ("data.max_pixels=5000", "data.max_pixels was 100000000, is 5000"),
+        ("data.num_classes=4", "data.num_classes was 3, is 4"),
+        ("data.shard_size=9", "data.shard_size was 7, is 9"),
+    ]:
         status, _, error = run(capsys, *words, change)
-        assert status == 2 and "already holds other shards: " in error
-    assert main([*words, *SETTINGS, "data.shard_size=9"]) == 2 and "shard_size was 7, is 9" in capsys.readouterr().err
+        assert status == 2 and error.endswith(
+            f"{tmp_path / 'out' / 'train'} already holds other shards: {differs}. "
+            "Give what it was written with, choose another `out`, or delete that folder first.\n"
+        )
+    status, _, error = run(capsys, *words, "data.val_fraction=0.1", "run.seed=4")
+    assert status == 2 and "shards: run.seed was 3, is 4; data.val_fraction was 0.0, is 0.1. Give" in error
     assert content(tmp_path) == before
     assert main([f"out={tmp_path / 'digits'}"]) == 0
+    assert main([f"out={tmp_path / 'digits'}", "run.seed=1"]) == 2
+    assert "digits/train already holds other shards: run.seed was 0, is 1. Give" in capsys.readouterr().err
     status, _, error = run(capsys, "source=folder", f"src={images}", f"out={tmp_path / 'digits'}")
     assert status == 2 and "already holds other shards, without plan.json" in error
 
@@ -134,7 +161,7 @@ def test_unusable_images_are_skipped_listed_and_counted_until_there_are_too_many
     assert len(examples(tmp_path / "train")) == 20
 
     Image.new("RGB", (9, 9)).save(images / "gone.jpg")  # what is repaired is taken in by the same command
-    assert run(capsys, *words, "data.max_unreadable=0.2")[0] == 0
+    assert "(gone.jpg can be read now)" in run(capsys, *words, "data.max_unreadable=0.2")[2]
     assert len(examples(tmp_path / "train")) == 21 and len(rows(tmp_path / "train" / "skipped.csv")) == 3
     for name in ("empty.jpg", "bomb.png", "cut.jpg", "list.csv", "gone.jpg"):
         (images / name).unlink()

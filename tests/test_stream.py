@@ -266,6 +266,30 @@ def test_shards_without_one_sound_example_end_the_run_at_once(tmp_path):
         Stream(load_index(tmp_path / "d"), **SETTINGS, max_skipped=100).next_batch()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_reader_without_a_sound_example_stops_after_one_pass_however_many_may_be_skipped(tmp_path, num_workers):
+    write(tmp_path / "d")
+    values = json.loads((tmp_path / "d" / "index.json").read_text())
+    (tmp_path / "d" / "index.json").write_text(json.dumps(values | {"shape": [2, 2, 2, 4]}))
+    index = load_index(tmp_path / "d")
+    stream = Stream(index, **SETTINGS, max_skipped=10**9, num_workers=num_workers)
+    length = Stream(index, **SETTINGS).source.readers[0].length
+    with pytest.raises(ShardError, match=rf"Not one of the {length} examples of an epoch .*the index says float32"):
+        stream.next_batch()
+    assert stream.num_skipped == 0 and stream.batches == 0
+
+
+def test_one_sound_example_in_a_pass_is_enough(tmp_path):
+    index = write(tmp_path / "d")
+    one = Stream(index, **SETTINGS).readers[0].shards[0]
+    number = int(one.name[6:12]) * 13
+    for i in range(number + 1, number + 13):
+        replace_member(tmp_path / "d" / one.name, f"m{i:04d}.cls", b"317")
+    settings = {"seed": 5, "num_readers": 1, "shuffle_buffer": 10, "global_batch_size": 3, "max_skipped": 100}
+    stream = Stream(load_index(tmp_path / "d" / one.name), **settings)
+    assert [stream.next_batch().labels.tolist() for _ in range(3)] == [[number] * 3] * 3
+
+
 # ---------------------------------------------------------------- workers that die, ranks that die
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import http.server
 import threading
 from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
+from entprune_ds.cli.encode import main as encode
+from entprune_ds.cli.evaluate import evaluate
 from entprune_ds.config import ConfigError, load_config
 from entprune_ds.data import web
 from entprune_ds.data.index import from_json, load_index, to_json
@@ -27,7 +31,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.ranges, self.asked = folder, True, Counter()
+        self.folder, self.ranges, self.asked = Path(folder), True, Counter()
         self.refusals, self.cuts = {}, {}
         """name -> statuses still to answer with; name -> bytes after which connections still to come are cut."""
 
@@ -72,15 +76,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Quiet."""
 
 
+@contextmanager
+def serving(server):
+    """The server at work."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @pytest.fixture
 def server(tmp_path):
-    index = write(tmp_path / "d")
-    with Server(index.folder) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(Server(write(tmp_path / "d").folder)) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +216,23 @@ def test_commands_run_only_where_they_are_allowed(server, tmp_path):
     ):
         with pytest.raises(ShardError, match="does not name shards"):
             load_index(spec, allow_pipe=True)
+
+
+def test_the_other_readers_of_shards_follow_the_same_rule(server, digits, tmp_path):
+    pattern = f"pipe:cat {server.folder}/shard-{{000000..000024}}.tar"
+    assert len(read_all(pattern, allow_pipe=True)[1]) == 317
+    with pytest.raises(ShardError, match="which runs a shell"):
+        read_all(pattern)
+    gone = f"pipe:cat {tmp_path}/gone/shard-{{000000..000004}}.tar"
+    for words, refused, allowed in (
+        ([f"data.shards={pattern}"], "runs a shell", "is made for digits"),
+        ([f"data.shards={digits}/train", f"data.val_shards={gone}"], "runs a shell", "gone/index.json` ended with"),
+    ):
+        for more, message in (([], refused), (["data.allow_pipe=true"], allowed)):
+            with pytest.raises(ValueError, match=message):
+                evaluate(load_config([*words, *more]), cache=tmp_path)
+    words = [f"data.shards={pattern}", f"out={tmp_path / 'out'}", "sample.vae=x", "--dry-run"]
+    assert encode(words) == 2 and encode([*words, "data.allow_pipe=true"]) == 0
 
 
 def test_a_failing_command_is_an_error(server):

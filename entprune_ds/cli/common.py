@@ -12,6 +12,7 @@ from typing import Any
 
 from entprune_ds import config_data, config_sampling, config_schema
 from entprune_ds.config import PRESETS, Config, ConfigError, load_config
+from entprune_ds.redact import redacted
 
 GRAMMAR = """\
 Settings are `key=value` words, after an optional `preset=NAME` (or preset=FILE.yaml). Later words win.
@@ -65,7 +66,7 @@ def refuse(problems: list[str]) -> int:
     """Print every problem on its own line, once per node of a launched job; returns the exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {redacted(problem)}", file=sys.stderr)
     return 2
 
 

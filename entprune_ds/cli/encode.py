@@ -29,7 +29,7 @@ every image and of its mirror image. Training draws the latents and the flips an
   sample.vae=VAE    folder of a diffusers AutoencoderKL, or a hub name such as stabilityai/sd-vae-ft-ema
 
 Every rank writes shards of its own. The same command goes on after the finished shards, on any number of ranks, and
-repairs damaged ones. --dry-run counts, and stops.
+repairs damaged ones, which it names; a second job for the same folder is refused. --dry-run counts, and stops.
 """
 SECTIONS = ["data"]
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return refuse([str(error)])
     if dry_run:
-        return _describe(folders)
+        return _describe(folders, config.data.allow_pipe)
     from entprune_ds import comm
 
     try:
@@ -81,13 +81,13 @@ def find_folders(config: Config) -> dict[str, tuple[str, Path]]:
     return {"shards": (config.data.shards, out)}
 
 
-def _describe(folders: dict[str, tuple[str, Path]]) -> int:
+def _describe(folders: dict[str, tuple[str, Path]], allow_pipe: bool) -> int:
     """--dry-run: what there is to encode."""
     from entprune_ds.data.index import ShardError, load_index
 
     for name, (source, out) in folders.items():
         try:
-            index = load_index(source)
+            index = load_index(source, allow_pipe)
         except ShardError as error:
             return refuse([str(error)])
         if os.environ.get("RANK", "0") == "0":
@@ -109,10 +109,11 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
     from entprune_ds.cli.train import limit_threads
     from entprune_ds.data.encode import encode_shards
     from entprune_ds.data.index import load_index
+    from entprune_ds.faults import locked_by_job
     from entprune_ds.interop.vae import load_vae
     from entprune_ds.logs import progress
 
-    indices = {name: load_index(source) for name, (source, _) in folders.items()}
+    indices = {name: load_index(source, config.data.allow_pipe) for name, (source, _) in folders.items()}
     limit_threads()
     if "RANK" in os.environ:
         comm.init(config.run.timeout_seconds)
@@ -129,15 +130,16 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.data.encode_dtype == "bfloat16"):
             return vae.encode(images)
 
-    for name, index in indices.items():
-        out = folders[name][1]
-        with progress(f"encode, {name}", total=index.total) as line:
-            result = encode_shards(
-                index, out, moments, {**facts, "split": name}, batch_size=batch_size, classes=class_names(index),
-                watch=line.update,
-            )  # fmt: skip
-        if comm.is_main():
-            print(f"{name}: {result['total']} examples in {len(result['shards'])} shards, {out}", flush=True)
+    with locked_by_job([out for _, out in folders.values()], "`out`"):
+        for name, index in indices.items():
+            out = folders[name][1]
+            with progress(f"encode, {name}", total=index.total) as line:
+                result = encode_shards(
+                    index, out, moments, {**facts, "split": name}, batch_size=batch_size, classes=class_names(index),
+                    watch=line.update,
+                )  # fmt: skip
+            if comm.is_main():
+                print(f"{name}: {result['total']} examples in {len(result['shards'])} shards, {out}", flush=True)
     return 0
 
 

@@ -87,11 +87,12 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any]:
     from entprune_ds.evaluation.images import to_uint8
     from entprune_ds.preflight import validation_spec
 
-    index = load_index(config.data.shards)
+    pipe = config.data.allow_pipe
+    index = load_index(config.data.shards, pipe)
     if tuple(index.shape) != (1, 8, 8) or index.num_classes != 10:
         message = f"the built-in extractor is made for digits (1x8x8, 10 classes), {index.folder} holds "
         raise ValueError(message + f"{list(index.shape)} with {index.num_classes} classes.")
-    (train, train_labels), (val, val_labels) = read_all(index), read_all(validation_spec(config))
+    (train, train_labels), (val, val_labels) = read_all(index), read_all(validation_spec(config), pipe)
     images, val_images = to_uint8(train), to_uint8(val)
     extractor = load_or_train(images, train_labels.numpy(), val_images, val_labels.numpy(), cache=cache)
     references = {"whole": np.concatenate([images, val_images]), "validation": val_images}

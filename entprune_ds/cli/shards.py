@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entprune_ds import config, logs
 from entprune_ds.cli.common import split_shortcuts, wants_help
 from entprune_ds.config_checks import image_problems
+from entprune_ds.locks import locked
+from entprune_ds.redact import redacted
 
 if TYPE_CHECKING:
     from entprune_ds.data.prepare import Job, Split
@@ -27,7 +31,9 @@ sources:
   source=csv src=FILE.csv       first line `path,label`; paths are relative to the folder of the file and
                                 may not leave it; labels are numbers from 0, or class names
   source=webdataset src=TARS    a folder or a pattern such as 'in/{00..99}.tar' of tars that hold KEY.jpg
-                                (.png, .webp) beside KEY.cls, or KEY.json with "label"; order is kept
+                                (.png, .webp) beside KEY.cls, or KEY.json with "label"; order is kept. A KEY
+                                that occurs again in its tar is skipped and listed: the first one is used.
+                                The same KEY in another tar is another example.
   source=digits                 scikit-learn's 1797 handwritten digits, 8x8, scaled to [-1, 1], 1500 for
                                 training and 297 for validation (default)
 
@@ -51,7 +57,8 @@ settings:
 
 The same command writes the same bytes, whatever the number of workers. Interrupted or killed, it goes on
 after the finished shards when it is started again; on a finished folder it verifies the checksums and
-repairs what is damaged; a folder of another data set is left untouched.
+repairs what is damaged and names it; a folder of another data set is left untouched. Two commands cannot write one
+folder at the same time: the second is refused.
 
 examples:
   entprune-ds shards preset=digits out=data_digits
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = read_settings([word for word in words if word != "--dry-run"])
         return write(settings, dry_run="--dry-run" in words)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(redacted(str(error)), file=sys.stderr)
         return 2
     except OSError as error:
         message = f"cannot read or write {error.filename or 'the shards'}: {error.strerror or error}."
@@ -135,10 +142,20 @@ def write(settings: config.Config, dry_run: bool) -> int:
             _describe(job, name, split, prepare.make_plan(job, split, name).num_shards, dry_run)
         if dry_run:
             return 0
-        failed = [text for name, split in splits.items() if (text := _write_split(job, split, name, workers))]
+        with _locked(job.out, splits):
+            failed = [text for name, split in splits.items() if (text := _write_split(job, split, name, workers))]
     for text in failed:
         print(text, file=sys.stderr)
     return 1 if failed else 0
+
+
+@contextmanager
+def _locked(out: Path, names: Iterable[str]) -> Iterator[None]:
+    """Hold the locks of the folders to write."""
+    with ExitStack() as held:
+        for name in names:
+            held.enter_context(locked(out / name, "`out`"))
+        yield
 
 
 def _write_split(job: Job, split: Split, name: str, workers: Workers) -> str:
@@ -197,7 +214,7 @@ def _write_digits(settings: config.Config, dry_run: bool) -> int:
     if dry_run:
         print(f"would write digits to {out}/train and {out}/val, {size} examples per tar")
         return 0
-    with logs.progress("shards", total=builtin.NUM_IMAGES) as line:
+    with _locked(out, ("train", "val")), logs.progress("shards", total=builtin.NUM_IMAGES) as line:
         indices = builtin.write_digits(out, size, settings.run.seed, watch=line.update)
     for split, index in indices.items():
         print(f"{split}: {index['total']} examples in {len(index['shards'])} shards, {out / split}")

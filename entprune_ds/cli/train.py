@@ -84,7 +84,7 @@ def _data_line(config: Config) -> str:
     index = load_index(config.data.shards, config.data.allow_pipe)
     shape = "x".join(map(str, index.shape))
     counts = f"{index.total:,} examples in {len(index.shards):,} shards, {index.num_classes:,} classes"
-    return f"# data: {counts}, {index.kind} of shape {shape}: {config.data.shards}"
+    return f"# data: {counts}, {index.kind} of shape {shape}: {redacted(config.data.shards)}"
 
 
 def _weights_line(config: Config) -> str:

@@ -88,9 +88,12 @@ def _start(index: Index, out: Path, plan: resumable.Plan, encode: Encode) -> Non
 
 
 def _finished(out: Path, plan: resumable.Plan) -> dict[int, resumable.Part]:
-    """Shards that need not be written; every rank verifies some. Collective."""
-    found = [resumable.read_part(out, number) for number in range(comm.rank(), plan.num_shards, comm.world_size())]
-    return _gather([part for part in found if part is not None])
+    """Shards that need not be written; every rank verifies some, and damage is told. Collective."""
+    found = {n: resumable.read_part(out, n) for n in range(comm.rank(), plan.num_shards, comm.world_size())}
+    reasons = comm.all_gather_json([[n, why] for n, why in found.items() if isinstance(why, str)])
+    if comm.is_main():
+        resumable.tell_repaired(out, dict(chain.from_iterable(reasons)))
+    return _gather([part for part in found.values() if isinstance(part, resumable.Part)])
 
 
 def _gather(some: list[resumable.Part]) -> dict[int, resumable.Part]:

@@ -1,20 +1,17 @@
-"""Where labelled images come from: an image folder, a CSV file, or (image_tars.py) existing WebDataset tars.
+"""Where labelled images come from: an image folder, a CSV file (image_csv.py) or WebDataset tars (image_tars.py).
 
 A source is only a list of names and labels, in an order that is the same everywhere; images are read later, by workers.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
-import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from entprune_ds.data.images import SUFFIXES
 
@@ -135,87 +132,6 @@ def _files_below(folder: Path) -> Iterable[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in sorted(files))
-
-
-# ---------------------------------------------------------------- CSV
-
-
-def csv_source(path: Path, num_classes: int | None = None) -> Source:
-    """Images named by a CSV file with the columns `path` and `label`; paths are relative to the folder of the file.
-
-    Labels are whole numbers from 0, or class names (then sorted names give the labels). A file that is missing is found
-    out when it is read.
-
-    Args:
-        path: UTF-8 CSV file whose first line names its columns.
-        num_classes: labels lie below it; None means the largest label + 1.
-
-    Raises:
-        SourceError: listing the lines with a path that leaves the folder, or with a bad label.
-    """
-    root, problems, rows = path.parent, [], []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            if not {"path", "label"} <= set(reader.fieldnames or ()):
-                raise SourceError(f"{path}: its first line must name the columns path and label. Add a header.")
-            for row in reader:
-                why = _path_problem(root, row["path"] or "")
-                if why or not row["label"]:
-                    problems.append(f"{path}, line {reader.line_num}: {why or 'the label is missing'}.")
-                else:
-                    rows.append((row["path"], row["label"].strip(), reader.line_num))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} is not a UTF-8 CSV file ({error}). Write it again.") from error
-    if not rows and not problems:
-        raise SourceError(f"{path} lists no images.")
-    if any(re.match(r"[-+\d]", label) for _, label, _ in rows):
-        labels, count, bad = _number_labels(rows, num_classes)
-        names = None
-    else:
-        names = tuple(sorted({label for _, label, _ in rows}))
-        labels, count, bad = {name: i for i, name in enumerate(names)}, len(names), []
-        if num_classes is not None and num_classes < count:
-            problems.append(f"{path} has {count} classes, `data.num_classes` is {num_classes}. Raise it.")
-    problems += [f"{path}, line {line}: {why}" for line, why in bad]
-    if problems:
-        raise SourceError(first_lines(problems))
-    return Source(root, tuple(Item(p, labels[label]) for p, label, _ in rows), max(count, num_classes or 0), names)
-
-
-def _number_labels(
-    rows: list[tuple[str, str, int]], num_classes: int | None
-) -> tuple[dict[str, int], int, list[tuple[int, str]]]:
-    """({text: label}, classes, [(line, problem)]) of labels that are meant as numbers."""
-    limit, labels, bad = num_classes or MAX_CLASSES, {}, []
-    for _, text, line in rows:
-        number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
-        if 0 <= number < limit:
-            labels[text] = number
-        else:
-            hint = "Correct it, or raise `data.num_classes`." if num_classes else "Correct it."
-            bad.append((line, f"the label must be a whole number from 0 to {limit - 1}, got {text!r}. {hint}"))
-    return labels, max(labels.values(), default=0) + 1, bad
-
-
-def _path_problem(root: Path, text: str) -> str:
-    """Why a path of a CSV file may not be used; empty when it may."""
-    parts = PurePosixPath(text).parts
-    if not text or "\0" in text:
-        return "the path is missing"
-    if text.startswith(("/", "\\", "~")) or ".." in parts or re.match(r"[A-Za-z]:", text) or "..\\" in text:
-        return f"the path {text!r} must be relative and stay below {root}"
-    real, top = _real_folder(root / Path(text).parent), _real_folder(root)
-    target = os.path.join(real, Path(text).name)
-    target = os.path.realpath(target) if os.path.islink(target) else target
-    if os.path.commonpath([top, target]) != top:
-        return f"the path {text!r} leaves {root} through a link"
-    return ""
-
-
-@lru_cache(maxsize=4096)  # a data set has many files in few folders, and each folder costs several system calls
-def _real_folder(folder: Path) -> str:
-    return os.path.realpath(folder)
 
 
 def _some(names: list[str]) -> str:

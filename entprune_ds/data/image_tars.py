@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -38,7 +39,7 @@ def tar_paths(src: str) -> list[Path]:
     """The tars of a folder (sorted), or those that a path or brace pattern names (in its order).
 
     Raises:
-        SourceError: when there are none, they lie in several folders, or one is missing or compressed.
+        SourceError: when there are none, they lie in several folders, or one is missing, compressed or named twice.
     """
     paths = sorted(Path(src).glob("*.tar")) if Path(src).is_dir() else [Path(text) for text in braceexpand(src)]
     if not paths or len({path.parent for path in paths}) > 1:
@@ -47,6 +48,7 @@ def tar_paths(src: str) -> list[Path]:
         )
     wrong = [f"{p} is not an uncompressed .tar file. Unpack it (gunzip), or correct the path." for p in paths
              if p.suffix != ".tar" or not p.is_file()]  # fmt: skip
+    wrong += [f"{p} is named twice by {src!r}. Name it once." for p, times in Counter(paths).items() if times > 1]
     if wrong:
         raise SourceError(first_lines(wrong))
     return paths
@@ -84,20 +86,29 @@ def scan_tar(path: Path) -> Scan:
     scan = Scan(str(path))
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-            for member in _members(tar, path, scan):
-                folder, name = PurePosixPath(member.name).parent, PurePosixPath(member.name).name
-                stem, _, suffix = name.partition(".")
-                groups.setdefault(str(folder / stem), {})[suffix.lower()] = member
+            groups = _groups(_members(tar, path, scan))
             file.seek(tar.offset)
             if not scan.problem and not _ends_well(file):
                 scan.problem = f"{path} is truncated or damaged: its end mark is missing. Copy it again."
             if not scan.problem:
-                for key, group in groups.items():
-                    _add(scan, tar, f"{path.name}/{key}", group)
+                for (key, repeat), group in groups.items():
+                    _add(scan, tar, f"{path.name}/{key}", group, repeat)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         scan.problem = f"{path} cannot be read ({error}). Copy it again."
     return scan
+
+
+def _groups(members: Iterable[tarfile.TarInfo]) -> dict[tuple[str, int], dict[str, tarfile.TarInfo]]:
+    """{(key, repeat): {suffix: member}}; a member that the example has already opens the next repeat of its key."""
+    groups: dict[tuple[str, int], dict[str, tarfile.TarInfo]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for member in members:
+        folder, name = PurePosixPath(member.name).parent, PurePosixPath(member.name).name
+        stem, _, suffix = name.partition(".")
+        key, suffix = str(folder / stem), suffix.lower()
+        groups.setdefault((key, seen[key, suffix]), {})[suffix] = member
+        seen[key, suffix] += 1
+    return groups
 
 
 def _ends_well(file: BinaryIO) -> bool:
@@ -121,8 +132,13 @@ def _members(tar: tarfile.TarFile, path: Path, scan: Scan) -> Iterator[tarfile.T
             scan.unusable.append((f"{path.name}/{member.name}", "is a link or a special member"))
 
 
-def _add(scan: Scan, tar: tarfile.TarFile, name: str, group: dict[str, tarfile.TarInfo]) -> None:
+def _add(scan: Scan, tar: tarfile.TarFile, name: str, group: dict[str, tarfile.TarInfo], repeat: int) -> None:
     images = [suffix for suffix in group if f".{suffix}" in SUFFIXES]
+    if repeat:
+        if images or set(group) & {"cls", "json"}:
+            again = ", ".join(sorted(group))
+            scan.unusable.append((name, f"occurs again in the tar ({again}); the first occurrence is used"))
+        return
     if not images:
         if set(group) & {"cls", "json"}:
             scan.unusable.append((name, "has no image"))

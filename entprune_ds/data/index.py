@@ -22,6 +22,7 @@ from entprune_ds.data.latents import KINDS, REMEDY, ShardError, latent_shape, sh
 from entprune_ds.data.pipe import PipeFile
 from entprune_ds.data.places import Pipe, Place, Url, from_text, is_url, parse_pipe, parse_url, to_text
 from entprune_ds.data.web import WebFile
+from entprune_ds.redact import is_redacted, redacted
 
 INDEX = "index.json"
 FORMAT = "entprune_ds shards, version 1"
@@ -78,26 +79,32 @@ def resolve(spec: str | Path, allow_pipe: bool = False) -> tuple[Place, tuple[st
         allow_pipe: whether shell commands may run.
 
     Raises:
-        ShardError: for other urls, an unreadable pattern or a missing local index.
+        ShardError: for other urls, an address without its secret, an unreadable pattern or a missing local index.
     """
     text = str(spec)
+    shown = redacted(text)
+    if is_redacted(text):
+        message = (
+            f"{text!r} has lost its secret, which no run folder keeps. Give data.shards (and data.val_shards) again"
+        )
+        raise ShardError(f"{message} on the command line, with it.")
     if is_url(text):
         return _resolve_remote(text, parse_url)
     if text.startswith("pipe:"):
         if allow_pipe:
             return _resolve_remote(text, parse_pipe)
-        message = f"Shards must be a local folder or tar pattern, or http(s) URLs of them, got {text!r}, which runs a"
+        message = f"Shards must be a local folder or tar pattern, or http(s) URLs of them, got {shown!r}, which runs a"
         message += " shell. Copy them to a local path, or write data.allow_pipe=true on the command line"
         raise ShardError(f"{message} (in a preset it does not count).")
     if not text or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) or "::" in text:
-        message = f"Shards must be a local folder or tar pattern, or http(s) URLs of them, got {text!r}."
+        message = f"Shards must be a local folder or tar pattern, or http(s) URLs of them, got {shown!r}."
         raise ShardError(f"{message} Copy them to a local path.")
     if Path(text).is_dir():
         folder, names = Path(text), None
     else:
         paths = [Path(p) for p in _expand(text)]
         if len({path.parent for path in paths}) != 1 or {p.suffix for p in paths} != {".tar"}:
-            message = f"{text!r} is neither a folder of shards nor a pattern of tar files in one folder."
+            message = f"{shown!r} is neither a folder of shards nor a pattern of tar files in one folder."
             raise ShardError(f"{message} Check the path, or write the folder with `entprune-ds shards`.")
         folder, names = paths[0].parent, tuple(path.name for path in paths)
     if not (folder / INDEX).is_file():
@@ -122,11 +129,11 @@ def _resolve_remote(
     try:
         places = [parse(one) for one in _expand(text)]
     except ValueError as error:
-        raise ShardError(f"{text!r} does not name shards: {error}. Correct it.") from error
+        raise ShardError(f"{redacted(text)!r} does not name shards: {error}. Correct it.") from error
     if len(places) == 1 and not places[0].name.endswith(".tar"):
         return places[0], None
     if len({place.parent for place in places}) != 1 or not all(place.name.endswith(".tar") for place in places):
-        message = f"{text!r} names neither a folder of shards nor, by a pattern, tar files in one folder."
+        message = f"{redacted(text)!r} names neither a folder of shards nor, by a pattern, tar files in one folder."
         raise ShardError(f"{message} Correct it.")
     return places[0].parent, tuple(unquote(p.name) if isinstance(p, Url) else p.name for p in places)
 
@@ -150,7 +157,7 @@ def load_index(spec: str | Path, allow_pipe: bool = False) -> Index:
     unknown = sorted(set(names) - {shard.name for shard in index.shards})
     if unknown:
         some = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise ShardError(f"{folder / INDEX} does not list {some}. Correct the pattern {str(spec)!r}.")
+        raise ShardError(f"{folder / INDEX} does not list {some}. Correct the pattern {redacted(str(spec))!r}.")
     chosen = tuple(shard for shard in index.shards if shard.name in set(names))
     return replace(index, shards=chosen, label_histogram=None)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from shlex import quote as quote_word
 from urllib.parse import quote, urlsplit
 
+from entprune_ds.redact import redacted
+
 
 @dataclass(frozen=True)
 class Url:
@@ -53,7 +55,7 @@ class Pipe:
         return Pipe(self.before, f"{self.path}/{quote_word(name)}", self.after)
 
     def __str__(self) -> str:
-        return f"pipe:{self.command}"
+        return redacted(f"pipe:{self.command}")
 
     @property
     def command(self) -> str:
@@ -86,9 +88,13 @@ def parse_url(text: str) -> Url:
     Raises:
         ValueError: for one without a host, or with a user or a fragment in it.
     """
-    parts = urlsplit(text)
-    if not parts.hostname or "@" in parts.netloc or parts.fragment:
-        raise ValueError("it must be http(s)://HOST/PATH, without user, password or #")
+    try:
+        parts = urlsplit(text)
+        plain = parts.hostname and "@" not in parts.netloc and not parts.fragment
+    except ValueError:  # its message may hold a password
+        plain = False
+    if not plain:
+        raise ValueError("it must be http(s)://HOST/PATH, without user, password or #; a token goes after a ?")
     base, _, query = text.partition("?")
     return Url(base.rstrip("/"), query)
 

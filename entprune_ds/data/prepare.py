@@ -11,11 +11,11 @@ import numpy as np
 
 from entprune_ds import rng
 from entprune_ds.data import resumable
+from entprune_ds.data.image_csv import csv_source
 from entprune_ds.data.image_sources import (
     Item,
     Source,
     SourceError,
-    csv_source,
     folder_source,
     read_bytes,
     split_folders,
@@ -150,12 +150,15 @@ def write_split(
     out, plan = job.out / name, make_plan(job, split, name)
     resumable.start(out, plan)
     tasks = [_task(job, split, out, plan, number) for number in range(plan.num_shards)]
-    done, images, skips = [], 0, 0
-    for part in workers.run(write_task, tasks):
+    done: list[resumable.Part] = []
+    reasons: dict[int, str] = {}
+    images = skips = 0
+    for part, reasons[part.number] in workers.run(write_task, tasks):
         done.append(part)
         images += sum(part.labels.values()) + len(part.skipped)
         skips += len(part.skipped)
         watch(images, skips)
+    resumable.tell_repaired(out, reasons)
     source = split.source
     return resumable.finish(
         out, plan, done, max_unreadable=job.max_unreadable, classes=source.classes, unusable=source.unusable,
@@ -169,11 +172,17 @@ def _task(job: Job, split: Split, out: Path, plan: resumable.Plan, number: int) 
     return Task(out, plan, number, split.source.root, items, job.image_size, job.max_pixels)
 
 
-def write_task(task: Task) -> resumable.Part:
-    """Write one shard, without the images that cannot be used, unless it is finished; runs in a worker process."""
+def write_task(task: Task) -> tuple[resumable.Part, str]:
+    """Write one shard, without the images that cannot be used, unless it is finished; runs in a worker process.
+
+    Returns: the part, and why a finished shard was written again; empty when it was not.
+    """
     part = resumable.read_part(task.out, task.number)
-    if part is not None and not _repaired(task, part):
-        return part
+    if isinstance(part, resumable.Part):
+        readable = _readable_now(task, part)
+        if not readable:
+            return part, ""
+        part = f"{readable} can be read now"
     examples: list[Example] = []
     skipped: list[tuple[str, str]] = []
     for key, item in task.items:
@@ -182,13 +191,14 @@ def write_task(task: Task) -> resumable.Part:
             skipped.append((item.name, pixels))
         else:
             examples.append((key, pixels, item.label, {"source": item.name}))
-    return resumable.write_part(task.out, task.plan, task.number, examples, tuple(skipped))
+    return resumable.write_part(task.out, task.plan, task.number, examples, tuple(skipped)), part
 
 
-def _repaired(task: Task, part: resumable.Part) -> bool:
-    """Whether an image that was skipped can be read now."""
+def _readable_now(task: Task, part: resumable.Part) -> str:
+    """The first image that was skipped and can be read now; empty when there is none."""
     skipped = {name for name, _ in part.skipped}
-    return any(not isinstance(_read(task, item), str) for _, item in task.items if item.name in skipped)
+    names = (item.name for _, item in task.items if item.name in skipped and not isinstance(_read(task, item), str))
+    return next(names, "")
 
 
 def _read(task: Task, item: Item) -> np.ndarray | str:

@@ -133,7 +133,7 @@ class Reader:
     def seek(self, epoch: int, emitted: int, skipped: int = 0) -> None:
         """Go to the place after `emitted` positions of `epoch`; reads nothing yet."""
         self._enter(epoch)
-        self.emitted, self.skipped = emitted, skipped
+        self.emitted, self.skipped, self.sound = emitted, skipped, emitted > 0  # what came before is not known
         self.block: list[Entry | Damage | None] = []
         self.ahead: list[Entry | Damage] = []
         self.source: Iterator[Entry | Damage] | None = None
@@ -147,17 +147,28 @@ class Reader:
         """The next example: key, what Draw.keep left of its array, label; `epoch` is then its epoch.
 
         Raises:
-            ShardError: when the shards cannot be read, or more examples of one batch are damaged than may be skipped.
+            ShardError: when the shards cannot be read, more examples of one batch are damaged than may be skipped, or
+                all of a whole epoch of this reader.
         """
         while isinstance(found := self._next(), Damage):
             self.skipped += 1
             self.damages.append(found)
             if len(self.damages) > self.plan.max_skipped:
                 raise too_many(found, len(self.damages), self.plan.max_skipped)
+            if self.emitted == self.length and not self.sound:  # going round again would find nothing either
+                raise self._none_sound(found)
+        self.sound = True
         return found
 
+    def _none_sound(self, last: Damage) -> ShardError:
+        names = [shard.name for shard in self.shards]
+        some = ", ".join(names[:5]) + (f" and {len(names) - 5} more shards" if len(names) > 5 else "")
+        message = f"Not one of the {self.length} examples of an epoch of reader {self.number} ({some}) is sound. "
+        message += "Repair these shards, or leave them out of `data.shards`. "
+        return ShardError(f"{message}The last one: {last.text}")
+
     def _enter(self, epoch: int) -> None:
-        self.epoch, self.emitted = epoch, 0
+        self.epoch, self.emitted, self.sound = epoch, 0, False
         self.shards = self.epoch_shards(epoch)
         self.length = sum(shard.count for shard in self.shards)
 

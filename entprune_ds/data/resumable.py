@@ -21,7 +21,8 @@ from typing import Any
 from entprune_ds.atomic import replacing
 from entprune_ds.data.index import INDEX, Index, Shard, shard_problems
 from entprune_ds.data.latents import Example, ShardError, checked_examples
-from entprune_ds.data.shards import write_index, write_shard
+from entprune_ds.data.shards import other_shards, write_index, write_shard
+from entprune_ds.logs import get_logger
 
 PLAN = "plan.json"
 SKIPPED = "skipped.csv"
@@ -90,9 +91,7 @@ def start(out: Path, plan: Plan) -> None:
     if there is None and out.is_dir() and (any(out.glob("shard-*.tar")) or (out / INDEX).exists()):
         raise ShardError(f"{out} already holds other shards, without {PLAN}. Choose another `out`, or delete it.")
     if there is not None and there != json.loads(text):
-        changed = [key for key, value in json.loads(text).items() if there.get(key) != value]
-        lines = [f"{key} was {there.get(key)}, is {json.loads(text)[key]}" for key in changed]
-        raise ShardError(f"{out} already holds other shards: {'; '.join(lines)}. Choose another `out`, or delete it.")
+        raise other_shards(out, there, json.loads(text))
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob(".*.tmp"), *(out / "parts").glob(".*.tmp")):
         stale.unlink(missing_ok=True)
@@ -101,18 +100,37 @@ def start(out: Path, plan: Plan) -> None:
             temporary.write_text(text)
 
 
-def read_part(out: Path, number: int) -> Part | None:
-    """The part of a shard that is finished and undamaged (its checksum is compared), else None."""
+def read_part(out: Path, number: int) -> Part | str:
+    """The part of a finished and undamaged shard (its checksum is compared), or why the shard must be written.
+
+    The reason is empty for a shard that was never finished.
+    """
+    path = part_path(out, number)
     try:
-        part = part_from(json.loads(part_path(out, number).read_text()))
+        part = part_from(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return f"parts/{path.name} is missing" if (out / INDEX).is_file() else ""
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # missing or half-written: the shard is written again, with the same bytes
+        return f"parts/{path.name} is damaged"
     if part.shard is not None:
         index = Index(folder=out, shards=(part.shard,), shape=part.shape, num_classes=0, shard_size=0,
                       label_histogram=None, description={})  # fmt: skip
         if shard_problems(index, part.shard, checksums=True):
-            return None
+            return "was damaged" if shard_path(out, number).exists() else "was missing"
     return part
+
+
+def tell_repaired(out: Path, reasons: dict[int, str]) -> None:
+    """Say in one line which finished shards are written again, and why.
+
+    Args:
+        out: the folder.
+        reasons: by shard; empty for one that was never finished, which is no repair.
+    """
+    names = [f"{shard_path(out, number).name} ({why})" for number, why in sorted(reasons.items()) if why]
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        get_logger().warning("written again in %s: %s%s", out, ", ".join(names[:10]), more)
 
 
 def part_from(values: dict[str, Any]) -> Part:

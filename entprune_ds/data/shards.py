@@ -6,6 +6,7 @@ The index is written last: a folder with an index is complete.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
@@ -14,7 +15,8 @@ from typing import Any
 
 from entprune_ds.atomic import file_sha256, replacing
 from entprune_ds.data.index import FORMAT, INDEX, Index, Shard, check_shards, load_index
-from entprune_ds.data.latents import KINDS, Example, ShardError, checked_examples, write_tar
+from entprune_ds.data.latents import KINDS, REMEDY, Example, ShardError, checked_examples, write_tar
+from entprune_ds.logs import get_logger
 
 
 def write_shards(
@@ -47,8 +49,12 @@ def write_shards(
     wanted = {"description": json.loads(json.dumps(description)), "shard_size": shard_size, "num_classes": num_classes}
     wanted["kind"] = kind
     known = _existing_index(out, wanted)
-    if known is not None and not check_shards(known, checksums=True):
+    damage = check_shards(known, checksums=True) if known is not None else []
+    if known is not None and not damage:
         return json.loads((out / INDEX).read_text())
+    if damage:
+        more = f" {len(damage) - 1} more problems like this." if len(damage) > 1 else ""
+        get_logger().warning("written again: %s%s", damage[0].removesuffix(REMEDY).strip(), more)
     out.mkdir(parents=True, exist_ok=True)
     histogram = [0] * num_classes
     shape: list[int] = []
@@ -82,9 +88,39 @@ def _existing_index(out: Path, wanted: dict[str, Any]) -> Index | None:
     found = {"description": known.description, "shard_size": known.shard_size, "num_classes": known.num_classes}
     found["kind"] = known.kind
     if found != wanted:
-        message = f"{out} already holds other shards ({json.dumps(found)}), not {json.dumps(wanted)}."
-        raise ShardError(f"{message} Choose another `out`, or delete that folder first.")
+        raise other_shards(out, found, wanted)
     return known
+
+
+SETTING_OF = {
+    "shard_size": "data.shard_size", "num_classes": "data.num_classes", "source": "data.source", "seed": "run.seed",
+    "val_fraction": "data.val_fraction", "image_size": "data.image_size", "max_pixels": "data.max_pixels",
+    "dtype": "data.encode_dtype", "images": "names and labels of the images (digest)", "pixels": "pixels (digest)",
+    "vae_revision": "sample.vae_revision",
+}  # fmt: skip
+"""What a user sets, by its name in the description of shards; other names say what they are."""
+
+
+def other_shards(out: Path, there: dict[str, Any], wanted: dict[str, Any]) -> ShardError:
+    """The error for a folder of other shards: what differs, with both values, and what to do."""
+    before, now = (_flat(values) for values in (there, wanted))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    keys = [key for key in keys if key != "num_shards"] or keys  # it follows from the others
+    shown = [f"{SETTING_OF.get(key, key)} was {_shown(before.get(key))}, is {_shown(now.get(key))}" for key in keys]
+    message = f"{out} already holds other shards: {'; '.join(shown)}."
+    return ShardError(f"{message} Give what it was written with, choose another `out`, or delete that folder first.")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in values.items() if key != "description"}
+    return {**values.get("description", {}), **rest}
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; of a digest its beginning."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    start = re.match(r"(sha256:)?[0-9a-f]{12}(?=[0-9a-f]{52}$)", text)
+    return f"{start[0]}..." if start else text
 
 
 def write_shard(path: Path, examples: list[Example], kind: str, repair: bool) -> Shard:

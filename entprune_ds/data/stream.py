@@ -204,13 +204,17 @@ def _latents_of(index: Index, entries: list[tuple[str, np.ndarray, int]]) -> tup
     return latents, torch.tensor([label for _, _, label in entries], dtype=torch.int64)
 
 
-def read_all(index: Index | str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+def read_all(index: Index | str | Path, allow_pipe: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """All examples, in the order of their keys, for sets that fit in memory.
+
+    Args:
+        index: an Index, or what `data.shards` may say.
+        allow_pipe: whether `index` may be `pipe:` and a shell command.
 
     Returns:
         latents (N,C,H,W) f32 and labels (N,) i64.
     """
-    index = index if isinstance(index, Index) else load_index(index)
+    index = index if isinstance(index, Index) else load_index(index, allow_pipe)
     if missing := check_shards(index, checksums=False):
         raise ShardError("\n".join(missing))
     entries = [entry for shard in index.shards for entry in read_shard(index, shard)]

@@ -15,6 +15,7 @@ from typing import Any
 
 from entprune_ds.data.latents import ShardError
 from entprune_ds.data.places import Url
+from entprune_ds.redact import redacted
 
 TIMEOUT = 30.0
 """Seconds without an answer after which an attempt has failed."""
@@ -125,10 +126,11 @@ class WebFile:
 
     def _wait_or_give_up(self, error: Exception, failures: int) -> None:
         self.close()
+        shown = redacted(str(error))  # that of a redirection holds its target
         status = error.code if isinstance(error, urllib.error.HTTPError) else None
         if status is not None and status not in TRANSIENT:
-            raise ShardError(f"{self.url} cannot be read: {error}. Check the URL and the permissions.") from error
+            raise ShardError(f"{self.url} cannot be read: {shown}. Check the URL and the permissions.") from error
         if failures >= ATTEMPTS:
-            message = f"{self.url} cannot be read: {error} ({type(error).__name__}), {failures} attempts in a row."
+            message = f"{self.url} cannot be read: {shown} ({type(error).__name__}), {failures} attempts in a row."
             raise ShardError(f"{message} Check the server and the network; the same command resumes.") from error
         time.sleep(BACKOFF * 2 ** (failures - 1))

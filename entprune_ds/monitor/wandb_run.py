@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..atomic import write_bytes
-from ..config import Config, to_dict
+from ..config import Config, to_stored
 from ..logs import get_logger
 from . import plots, tables
 from .files import read_json_lines
@@ -81,7 +81,7 @@ def _init(config: Config, run_dir: Path, mode: Any, retry: bool) -> wandb.Run:
         resume="allow",
         mode=mode,
         dir=str(run_dir.resolve()),
-        config=to_dict(config),
+        config=to_stored(config),
         allow_val_change=True,  # num_steps and parallel.* may differ on a resume
         settings=settings,
     )
