@@ -21,6 +21,7 @@ FLOORS = (
         "config_checks",
         "plain_yaml",
         "atomic",
+        "fault_points",
         "comm",
         "rng",
         "logs",
