@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entprune_ds import comm
+from entprune_ds import comm, fault_points
 from entprune_ds.config import Config, ModelConfig, PruneConfig
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
 from entprune_ds.importance.criteria import CRITERIA, removal_order
@@ -80,6 +80,7 @@ def run_check(
     keep_sets = [tuple(blocks_at_depth(kept_blocks, order, depth)) for depth in depths]
     candidates = [measure_candidate(parts, kept, draws, objective, prune, seed, check) for kept in keep_sets]
     proposal = _decide(candidates, prune, check, step, kept_blocks, order, scores) if comm.is_main() else None
+    fault_points.reach("broadcast")
     decision = PruneDecision.from_json(comm.broadcast_json(None if proposal is None else proposal.to_json()))
     comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
     return decision, CheckTimes(swept - start, time.perf_counter() - swept)
@@ -100,6 +101,7 @@ def sweep_scores(parts: Parts, kept_blocks: tuple[int, ...], config: Config, che
         if statistics is None:
             statistics = SweepStatistics(kept_blocks, groups, tuple(outputs.shape[2:]), outputs.device)
         statistics.update(group, outputs, mine.target, mine.t, objective.scoring_loss)
+        fault_points.reach("scoring")
         if time.perf_counter() - shown >= PROGRESS_SECONDS:
             shown = time.perf_counter()
             left = (shown - start) / (group + 1) * (groups - group - 1)

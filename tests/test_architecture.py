@@ -23,6 +23,7 @@ FLOORS = (
         "atomic",
         "locks",
         "redact",
+        "fault_points",
         "comm",
         "rng",
         "logs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -16,12 +17,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from entprune_ds import fault_points
 from entprune_ds.atomic import file_sha256
 from entprune_ds.config import load_config
 from entprune_ds.data.stream import Stream
 from tests.ranks import free_port, run_ranks
 from tests.test_training import equal_state, losses, words
 
+FULL = pytest.mark.full
+TRAIN = "tests.workers.training:train"
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
 
 
@@ -74,9 +78,10 @@ def undisturbed(digits, tmp_path_factory) -> Path:
 
 
 LONG = ["train.num_steps=60", "prune.end_step=40", "train.checkpoint_every=10", "train.validate_every=0"]
+LONG += ["prune.max_blocks_per_check=1"]  # two removals
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.full)])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=FULL)])
 def test_killing_one_rank_ends_the_job_and_the_same_command_resumes(digits, tmp_path, undisturbed, victim):
     run, log = tmp_path / "killed", tmp_path / "log"
     arguments = words(digits, tmp_path, "killed", *LONG)
@@ -98,7 +103,7 @@ def test_killing_one_rank_ends_the_job_and_the_same_command_resumes(digits, tmp_
     assert (run / "decisions.jsonl").read_text() == (undisturbed / "decisions.jsonl").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=FULL)])
 def test_ranks_stop_when_only_their_launcher_is_hit(digits, tmp_path, number):
     """Not by Ctrl-C, which reaches them too, but by `kill`: they must not train on as orphans."""
     log = tmp_path / "log"
@@ -233,7 +238,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_parameters(digits, tm
     assert "blocks." in text
 
 
-@pytest.mark.full
+@FULL
 def test_a_rank_that_stands_still_ends_the_job_at_the_time_out(digits, tmp_path):
     log = tmp_path / "log"
     process = launch(words(digits, tmp_path, "still", *LONG, "run.timeout_seconds=10"), log)
@@ -243,3 +248,83 @@ def test_a_rank_that_stands_still_ends_the_job_at_the_time_out(digits, tmp_path)
     assert finish(process, seconds=60) != 0
     assert time.monotonic() - start < 60
     assert "lost contact with another rank" in log.read_text()
+
+
+def wait_for_text(log: Path, pattern: str, count: int, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until the output holds a pattern that many times."""
+    end = time.monotonic() + seconds
+    while len(re.findall(pattern, log.read_text() if log.is_file() else "")) < count:
+        assert time.monotonic() < end and process.poll() is None, f"{pattern} is missing ({process.poll()})"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("point", "victim"),
+    [
+        ("resize", 1),
+        *(pytest.param(p, v, marks=FULL) for p in fault_points.POINTS for v in (0, 1) if (p, v) != ("resize", 1)),
+    ],
+)
+def test_a_rank_killed_in_the_middle_of_something_costs_nothing_but_time(
+    digits, tmp_path, undisturbed, monkeypatch, point, victim
+):
+    run, log = tmp_path / "killed", tmp_path / "log"
+    arguments = words(digits, tmp_path, "killed", *LONG)
+    monkeypatch.setenv(fault_points.VARIABLE, f"{point}:4:2")  # the second time: there is something to lose
+    process = launch(arguments, log)
+    wait_for_text(log, f"waiting at {point} ", 1 if point == "latest" else 2, process)
+    os.kill(rank_pids(log)[victim], signal.SIGKILL)
+    start = time.monotonic()
+    assert finish(process, seconds=60) != 0
+    assert time.monotonic() - start < 60
+    monkeypatch.delenv(fault_points.VARIABLE)
+    decided = (run / "decisions.jsonl").read_text() if (run / "decisions.jsonl").is_file() else ""
+    again = launch(arguments, log)
+    assert finish(again, seconds=200) == 0
+    assert (run / "decisions.jsonl").read_text().startswith(decided)  # nothing that was decided is taken back
+    assert losses(run) == losses(undisturbed)
+    assert equal_state(run / "checkpoints/step_00000060", undisturbed / "checkpoints/step_00000060")
+    assert (run / "decisions.jsonl").read_text() == (undisturbed / "decisions.jsonl").read_text()
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000060"
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_an_unknown_point_is_an_error_that_lists_the_known_ones(monkeypatch):
+    monkeypatch.setenv(fault_points.VARIABLE, "rezise:5")
+    with pytest.raises(ValueError, match="resize"):
+        fault_points.reach("scoring")
+
+
+@FULL
+def test_a_planted_pickle_in_a_run_folder_is_never_executed(digits, tmp_path):
+    """Under every name that a loader might look for, beside and in place of our files."""
+    run, mark = tmp_path / "planted", tmp_path / "executed"
+
+    def train_to(step: int) -> None:
+        assert run_ranks(TRAIN, 1, runs=[words(digits, tmp_path, "planted", f"train.num_steps={step}")]) == [[0]]
+        assert max(losses(run)) == step
+
+    train_to(8)
+    bomb = pickle.dumps(Bomb(str(mark)))
+    for folder in (run, run / "checkpoints", run / "checkpoints" / "step_00000008", run / "model"):
+        for name in ("model.pt", "mp_rank_00_model_states.pt", "state.pkl", "training_args.bin", ".metadata"):
+            (folder / name).write_bytes(bomb)
+    train_to(9)
+    (run / "checkpoints" / "step_00000009" / "rank_00000.safetensors").write_bytes(bomb)  # damaged: passed over
+    train_to(10)
+    pickle.loads(bomb)
+    assert mark.exists()  # the bomb is live
+    mark.unlink()
+    launched = launch(words(digits, tmp_path, "bombed", f"model.weights={run / 'model.pt'}"), tmp_path / "log", 1)
+    assert finish(launched, seconds=60) == 2
+    assert not mark.exists()
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))

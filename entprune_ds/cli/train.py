@@ -9,6 +9,7 @@ from pathlib import Path
 
 from entprune_ds.cli.common import help_text, launched_words, refuse, wants_help
 from entprune_ds.config import Config, ConfigError, load_config, to_yaml
+from entprune_ds.redact import redacted
 
 HELP = """\
 Train a flow transformer under DeepSpeed and remove whole blocks while it trains.

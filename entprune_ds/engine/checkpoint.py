@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from entprune_ds import comm
+from entprune_ds import comm, fault_points
 from entprune_ds.atomic import file_sha256, sync, write_text
 from entprune_ds.engine.build import Engine
 from entprune_ds.engine.state import KEYS, Piece, state_tensor, write_state
@@ -80,6 +80,7 @@ def save_checkpoint(engine: Engine, root: Path, step: int, record: dict[str, Any
         mine, error = None, f"step {step}: {problem}"
     comm.raise_together(error)
     files = comm.all_gather_json(mine)
+    fault_points.reach("checkpoint")
     if comm.is_main():
         manifest = {
             "format": FORMAT, "step": step, "kept_blocks": list(engine.kept_blocks), "adam_step": engine.adam_step,
@@ -92,6 +93,7 @@ def save_checkpoint(engine: Engine, root: Path, step: int, record: dict[str, Any
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             sync(root)
+            fault_points.reach("latest")
             write_text(root / "latest", final.name)
         except OSError as problem:
             error = _disk_error(final, problem)

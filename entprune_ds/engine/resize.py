@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from entprune_ds import comm
+from entprune_ds import comm, fault_points
 from entprune_ds.config import Config
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine
 from entprune_ds.engine.state import write_state
@@ -47,6 +47,7 @@ def resize(engine: Engine, config: Config, kept_blocks: tuple[int, ...]) -> tupl
     parked = park(engine, names)
     destroy_engine(engine)
     new = build_engine(config, model_config)
+    fault_points.reach("resize")
     parked = exchange(parked, have, new.layout)
     write_state(new.ds, new.optimizer, new.ema, step, reader(parked))
     comm.barrier()
