@@ -5,10 +5,13 @@
 #
 # Words after the script go to the command as they are: key=value settings, --dry-run, --help. The same line again goes
 # on where a job ended. sbatch options win over the defaults below: --nodes, --gpus-per-node, --time, --account, --partition.
+# Without GPUs, say how many tasks of how many CPUs a node gets:
+#
+#   sbatch --nodes 2 --gpus-per-node=0 --ntasks-per-node=4 --cpus-per-task=8 slurm/encode_latents.sh ...
 #
 # Variables (set them before sbatch, or in slurm/env.sh, which is read when it is there):
 #   ENTPRUNE_PYTHON      interpreter of the environment                     (default: python3)
-#   ENTPRUNE_TASKS       tasks per node, when they are not one per GPU      (default: the GPUs of a node, or 1)
+#   ENTPRUNE_TASKS       tasks per node, when they are not one per GPU      (default: the GPUs of a node, or else --ntasks-per-node)
 #   ENTPRUNE_CONTAINER   image for srun --container-image (pyxis)           (default: none)
 #   ENTPRUNE_MOUNTS      --container-mounts for it                          (default: none)
 #   ENTPRUNE_SRUN        further srun options, separated by spaces          (default: none)
@@ -37,11 +40,16 @@ if [[ -f "$root/slurm/env.sh" ]]; then
 fi
 cd "$root"
 
-# A fixed port would meet another job on the same node; the job's number gives one between 20000 and 39999.
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# A fixed port would meet another job on the same node; the job's number gives one between 20000 and 31999, below those
+# that Linux hands out itself. The address is the one that Slurm reaches the first node by: a node's name need not resolve.
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=${hosts%%$'\n'*}
-tasks="${ENTPRUNE_TASKS:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}"
+first=${hosts%%$'\n'*}
+MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p') || true
+MASTER_ADDR="${MASTER_ADDR:-$first}"
+gpus="${SLURM_GPUS_ON_NODE:-0}"
+((gpus > 0)) || gpus="${SLURM_NTASKS_PER_NODE:-1}"
+tasks="${ENTPRUNE_TASKS:-$gpus}"
 export MASTER_ADDR MASTER_PORT
 export ENTPRUNE_PYTHON="${ENTPRUNE_PYTHON:-python3}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"

@@ -1,104 +1,227 @@
-"""slurm/encode_latents.sh: one rank per task with the right numbers, and every word handed on as it was given."""
+"""slurm/encode_latents.sh and tools/local_slurm.sh, on a real Slurm of two nodes."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from entprune_ds.cli.encode import main
 from tests.ranks import ROOT
+from tests.test_diffusers import tiny_vae
+from tests.test_encode import content, write_pixels
 
 SCRIPT = ROOT / "slurm" / "encode_latents.sh"
-FAKES = {
-    # two nodes, two tasks on each, one after the other, as srun would start them side by side
-    "srun": """#!/usr/bin/env bash
-while [[ "$1" == --* ]]; do echo "$1" >>"$RECORD/options"; shift; done
-for task in 0 1 2 3; do
-    SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=4 "$@" || exit 1
-done
-""",
-    "scontrol": """#!/usr/bin/env bash
-[[ "$1 $2 $3" == "show hostnames node[07-08]" ]] && printf "node07\\nnode08\\n"
-""",
-    "record": f"""#!{sys.executable}
+LOCAL_SLURM = ROOT / "tools" / "local_slurm.sh"
+CPU_ONLY = ("--gpus-per-node=0", "--cpus-per-task=1")
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+RECORD = f"""#!{sys.executable}
 import json, os, sys
-keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-with open(os.environ["RECORD"] + "/calls", "a") as file:
-    print(json.dumps([sys.argv[1:], {{key: os.environ[key] for key in keys}}]), file=file)
-""",
-}
-JOB = {
-    "SLURM_JOB_ID": "4321987", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_NUM_NODES": "2",
-    "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "3", "SLURM_SUBMIT_DIR": str(ROOT),
-}  # fmt: skip
+with open(os.environ["RECORD"] + "/" + os.environ["RANK"], "w") as file:
+    values = {{key: os.environ[key] for key in {NUMBERS}}}
+    json.dump([sys.argv[1:], values, os.environ["SLURMD_NODENAME"]], file)
+"""
 
 
-@pytest.fixture
-def environment(tmp_path) -> dict[str, str]:
-    """A job as Slurm sets it up, with stand-ins for srun, scontrol and python that record what they are given."""
-    for name, text in FAKES.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    plain = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE")}
-    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(tmp_path)}
-    return plain | JOB | path | {"ENTPRUNE_PYTHON": str(tmp_path / "record"), "PYTHONPATH": str(ROOT)}
+class Job:
+    """One `sbatch slurm/encode_latents.sh`, submitted from the repository as a user does."""
+
+    def __init__(self, slurm: dict[str, str], folder: Path, options, words):
+        self.slurm, self.output = slurm, folder / "job.out"
+        command = ["sbatch", "--parsable", f"--output={self.output}", *options, str(SCRIPT), *words]
+        self.id = subprocess.check_output(command, env=slurm, cwd=ROOT, text=True, timeout=60).strip()
+
+    def facts(self) -> dict[str, str]:
+        """What Slurm says of the job: JobState, ExitCode and more."""
+        command = ["scontrol", "--oneliner", "show", "job", self.id]
+        text = subprocess.check_output(command, env=self.slurm, text=True, timeout=60)
+        return dict(re.findall(r"(\w+)=(\S+)", text))
+
+    def wait(self, timeout: float = 240) -> tuple[str, str]:
+        """(state, exit code) of the job when it has ended."""
+        end = time.monotonic() + timeout
+        while (facts := self.facts())["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            assert time.monotonic() < end, f"job is {facts['JobState']}: {facts['Reason']}\n{self.text()}"
+            time.sleep(0.1)
+        return facts["JobState"], facts["ExitCode"]
+
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.output.read_text() if self.output.exists() else ""
 
 
-def run(environment, *words) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", str(SCRIPT), *words], env=environment, capture_output=True, text=True, timeout=120)
+def executable(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
 
 
-def test_every_word_arrives_unmangled_on_every_rank(environment, tmp_path):
+def test_every_word_arrives_unmangled_on_every_rank(slurm, tmp_path):
     words = ["data.shards=/data/in-{0000..1023}.tar", "out=a b", "sample.vae=$HOME/*", "x='\"", "", "--dry-run"]
-    result = run(environment, *words)
+    python = executable(tmp_path / "python", RECORD)
+    job = Job(slurm | {"ENTPRUNE_PYTHON": python, "RECORD": str(tmp_path)}, tmp_path, ["--nodes=2"], words)
+    assert job.wait() == ("COMPLETED", "0:0"), job.text()
+    port = str(20000 + int(job.id) % 12000)
+    assert f"2 node(s) x 8 task(s), rendezvous 127.0.0.1:{port}" in job.text()
+    same = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank in range(16):
+        given, values, node = json.loads((tmp_path / str(rank)).read_text())
+        assert given == ["-m", "entprune_ds.cli.encode", *words]
+        assert values == {"RANK": str(rank), "LOCAL_RANK": str(rank % 8), "OMP_NUM_THREADS": "8", **same}
+        assert node == ("n1" if rank < 8 else "n2")
+
+
+def test_a_rank_that_fails_ends_the_job_on_all_nodes(slurm, tmp_path):
+    python = executable(tmp_path / "python", "#!/bin/bash\n[[ $RANK == 1 ]] && exit 3\nexec sleep 600\n")
+    options = ["--nodes=2", "--ntasks-per-node=2", *CPU_ONLY]
+    job = Job(slurm | {"ENTPRUNE_PYTHON": python}, tmp_path, options, [])
+    assert job.wait(60)[0] == "FAILED"
+    assert "2 node(s) x 2 task(s)" in job.text() and "n1: task 1: Exited with exit code 3" in job.text()
+
+
+def test_nodes_without_gpus_encode_what_one_process_encodes(slurm, tmp_path):
+    pixels, vae = write_pixels(tmp_path / "pixels", 12, 3, size=64), tiny_vae(tmp_path / "vae")
+    words = [f"data.shards={pixels}", f"sample.vae={vae}"]
+    job = Job(slurm, tmp_path, ["--nodes=2", "--ntasks-per-node=1", *CPU_ONLY], [*words, f"out={tmp_path / 'job'}"])
+    assert main([*words, f"out={tmp_path / 'one'}"]) == 0
+    assert job.wait() == ("COMPLETED", "0:0"), job.text()
+    assert content(tmp_path / "job") == content(tmp_path / "one")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)  # four jobs of up to four ranks
+def test_a_job_that_is_cancelled_goes_on_after_its_last_finished_shard(slurm, tmp_path):
+    """Also: no shard of one rank takes the name of another's, so 4 ranks on 2 nodes write what 1 rank writes."""
+    pixels, vae = write_pixels(tmp_path / "pixels", 400, 1, size=64), tiny_vae(tmp_path / "vae")
+    words = [f"data.shards={pixels}", f"sample.vae={vae}"]
+    four = ["--nodes=2", "--ntasks-per-node=2", *CPU_ONLY]
+    cut, parts = [*words, f"out={tmp_path / 'cut'}"], tmp_path / "cut" / "parts"
+    job = Job(slurm, tmp_path, four, cut)
+    while len(list(parts.glob("0*.json"))) < 8:
+        assert job.facts()["JobState"] in ("PENDING", "RUNNING"), job.text()
+        time.sleep(0.002)
+    subprocess.run(["scancel", job.id], env=slurm, check=True, timeout=60)
+    assert job.wait()[0] == "CANCELLED"
+    finished = {p.name: p.stat().st_mtime_ns for p in parts.glob("0*.json")}
+    assert 8 <= len(finished) < 400 and not (tmp_path / "cut" / "index.json").exists()
+    again = Job(slurm, tmp_path, four, cut)
+    assert again.wait() == ("COMPLETED", "0:0"), again.text()
+    assert {p.name: p.stat().st_mtime_ns for p in parts.glob("0*.json") if p.name in finished} == finished
+    for name, options in {"whole": four, "one": ["--nodes=1", "--ntasks-per-node=1", *CPU_ONLY]}.items():
+        job = Job(slurm, tmp_path, options, [*words, f"out={tmp_path / name}"])
+        assert job.wait() == ("COMPLETED", "0:0"), job.text()
+        assert content(tmp_path / name) == content(tmp_path / "cut")
+
+
+def test_container_and_further_options_come_from_variables(tmp_path):
+    """With a stand-in for srun, because its container options are pyxis's, which Slurm itself does not have."""
+    executable(tmp_path / "srun", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    executable(tmp_path / "scontrol", '#!/bin/bash\n[[ "$2" == hostnames ]] && echo node07\n')  # addresses: not allowed
+    job = {"SLURM_JOB_ID": "4335987", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_NUM_NODES": "2"}
+    variables = {"ENTPRUNE_CONTAINER": "/c/a b.sqsh", "ENTPRUNE_MOUNTS": "/data:/data", "ENTPRUNE_TASKS": "1"}
+    further = {"ENTPRUNE_SRUN": "--mpi=none --quiet", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = run(os.environ | job | variables | further)
     assert result.returncode == 0, result.stderr
-    assert "job 4321987: 2 node(s) x 2 task(s), rendezvous node07:21987" in result.stdout
-    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [arguments for arguments, _ in calls] == [["-m", "entprune_ds.cli.encode", *words]] * 4
-    same = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node07", "MASTER_PORT": "21987"}
-    expected = [{"RANK": str(r), "LOCAL_RANK": str(r % 2), "OMP_NUM_THREADS": "3", **same} for r in range(4)]
-    assert [values for _, values in calls] == expected
-    options = (tmp_path / "options").read_text().split()
-    assert options == ["--ntasks-per-node=2", "--ntasks=4", "--kill-on-bad-exit=1", "--cpus-per-task=3"]
+    assert result.stdout.splitlines()[:8] == [
+        "job 4335987: 2 node(s) x 1 task(s), rendezvous node07:23987",
+        "--ntasks-per-node=1", "--ntasks=2", "--kill-on-bad-exit=1",
+        "--container-image=/c/a b.sqsh", "--container-mounts=/data:/data", "--mpi=none", "--quiet",
+    ]  # fmt: skip
 
 
-def test_container_and_further_options_come_from_variables(environment, tmp_path):
-    container = {"ENTPRUNE_CONTAINER": "/c/a b.sqsh", "ENTPRUNE_MOUNTS": "/data:/data"}
-    container["ENTPRUNE_SRUN"] = "--mpi=none --quiet"
-    result = run(environment | container | {"ENTPRUNE_TASKS": "1"})
-    options = (tmp_path / "options").read_text().splitlines()
-    assert options[:2] == ["--ntasks-per-node=1", "--ntasks=2"]
-    expected = ["--container-image=/c/a b.sqsh", "--container-mounts=/data:/data", "--mpi=none", "--quiet"]
-    assert result.returncode == 0 and options[4:] == expected
+def run(environment) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_the_command_itself_starts_under_the_script(environment, tmp_path):
-    result = run(environment | {"ENTPRUNE_PYTHON": sys.executable}, f"data.shards={tmp_path}/x", f"out={tmp_path}/y")
-    assert result.returncode == 1 and "`sample.vae` is missing" in result.stderr
-
-
-def test_outside_a_job_it_says_how_to_start_it(environment):
-    del environment["SLURM_JOB_ID"]
-    result = run(environment)
+def test_outside_a_job_it_says_how_to_start_it():
+    result = run({k: v for k, v in os.environ.items() if k != "SLURM_JOB_ID"})
     assert result.returncode == 2 and "sbatch slurm/encode_latents.sh" in result.stderr
 
 
-def test_the_script_is_plain_bash():
-    assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
+@pytest.mark.parametrize("script", [SCRIPT, LOCAL_SLURM, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_the_scripts_are_plain_bash(script):
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     if shutil.which("shellcheck"):
-        assert subprocess.run(["shellcheck", str(SCRIPT)]).returncode == 0
+        assert subprocess.run(["shellcheck", str(script)]).returncode == 0
+
+
+def test_slurm_reads_every_option_of_the_script():
     lines = SCRIPT.read_text().splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    assert all(
-        i < first_command for i, line in enumerate(lines) if line.startswith("#SBATCH")
-    )  # later ones are ignored
+    assert "#SBATCH" not in "".join(lines[first_command:])  # sbatch ignores those after the first command
 
 
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm is not installed")
-def test_slurm_accepts_the_script():
-    command = ["sbatch", "--test-only", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", str(SCRIPT)]
-    assert subprocess.run(command).returncode == 0
+def local_slurm(environment, *words) -> subprocess.CompletedProcess:
+    return subprocess.run([LOCAL_SLURM, *words], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_local_slurm_starts_once_and_refuses_other_settings(slurm):
+    before = Path(slurm["SLURM_CONF"]).read_text()
+    again = local_slurm(slurm, "up")
+    assert (again.returncode, again.stdout) == (0, f"export SLURM_CONF={slurm['SLURM_CONF']}\n")
+    assert Path(slurm["SLURM_CONF"]).read_text() == before
+    assert local_slurm(slurm, "status").stdout == "2 node(s) with 64 CPU(s) and 8 GPU(s) up\n"
+    other = local_slurm(slurm | {"LOCAL_SLURM_NODES": "3"}, "up")
+    assert other.returncode == 1 and "local_slurm.sh down` first" in other.stderr and other.stdout == ""
+
+
+def test_local_slurm_refuses_wrong_settings_and_folders_of_others(tmp_path):
+    for setting, value in {"DIR": "here", "NODES": "two", "CPUS": "0", "GPUS": "-1"}.items():
+        result = local_slurm(os.environ | {f"LOCAL_SLURM_{setting}": value}, "up")
+        assert result.returncode == 1 and f"`LOCAL_SLURM_{setting}` is '{value}'" in result.stderr
+    result = local_slurm(os.environ, "start")
+    assert result.returncode == 1 and "one of: up, down" in result.stderr
+    mine = Path(shutil.copytree(ROOT / "slurm", tmp_path / "mine"))
+    result = local_slurm(os.environ | {"LOCAL_SLURM_DIR": str(mine)}, "down")
+    assert result.returncode == 1 and "was not made by this script" in result.stderr and (mine / SCRIPT.name).exists()
+    assert local_slurm(os.environ | {"LOCAL_SLURM_DIR": str(tmp_path / "none")}, "down").returncode == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victims", [["slurmctld"], ["munged", "slurmd-n2"], ["slurmctld", "slurmd-n1", "slurmd-n2"]])
+def test_local_slurm_ends_everything_after_a_crash(slurm, tmp_path, victims):
+    """A second instance beside the first: it loses daemons while a job runs, comes back, and ends without a trace."""
+    folder, mark = Path(slurm["LOCAL_SLURM_DIR"]).with_name("crash"), str(tmp_path)
+    mine = slurm | {"LOCAL_SLURM_DIR": str(folder), "SLURM_CONF": str(folder / "slurm.conf"), "TEST_MARK": mark}
+    mine["ENTPRUNE_PYTHON"] = executable(tmp_path / "python", "#!/bin/bash\nexec sleep 600\n")
+
+    def crash():
+        for name in victims:
+            os.kill(int((folder / "pid" / name).read_text()), signal.SIGKILL)
+
+    try:
+        assert local_slurm(mine, "up").returncode == 0
+        job = Job(mine, tmp_path, ["--nodes=2", "--ntasks-per-node=2", *CPU_ONLY], [])
+        while len(processes(b"sleep\x00600", mark)) < 4:
+            assert job.facts()["JobState"] in ("PENDING", "RUNNING"), job.text()
+        crash()
+        assert local_slurm(mine, "status").stdout == f"{victims[0]} does not run\n"
+        assert local_slurm(mine, "up").returncode == 0
+        assert job.facts()["JobState"] in ("PENDING", "RUNNING")  # as Slurm had it on disk
+        crash()
+    finally:
+        result = local_slurm(mine, "down")
+    assert result.returncode == 0 and not folder.exists(), result.stderr
+    assert processes(b"", mark) == processes(str(folder).encode()) == []
+    assert local_slurm(slurm, "status").returncode == 0
+
+
+def processes(words: bytes, mark: str = "") -> list[int]:
+    """Living processes with these words in their command and this mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:  # it has ended meanwhile
+            continue
+        if command and words in command and mark.encode() in environment:
+            found.append(int(folder.name))
+    return found
