@@ -56,12 +56,15 @@ def limit_threads() -> None:
 def describe(words: list[str]) -> int:
     """--dry-run: the resolved settings and what they amount to."""
     config = load_config(words)
-    from entprune_ds.engine.ds_config import batch_plan, zero_stage
+    from entprune_ds.engine.ds_config import batch_plan, pipeline_problem, zero_stage
     from entprune_ds.models.registry import count_parameters
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size, stages = int(os.environ.get("WORLD_SIZE", "1")), config.parallel.pipe_stages
     try:
-        stage, (micro, accumulation) = zero_stage(config), batch_plan(config, world_size)
+        stage = zero_stage(config)
+        if (problem := pipeline_problem(config, world_size)) is not None:
+            raise ValueError(problem)
+        micro, accumulation = batch_plan(config, world_size // stages)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     if os.environ.get("RANK", "0") == "0":
@@ -69,7 +72,8 @@ def describe(words: list[str]) -> int:
         parameters = count_parameters(config.model)
         state = 16 * parameters / 2**20
         print(f"# {parameters:,} parameters; {state:,.1f} MiB of weights, moments and EMA over all ranks")
-        print(f"# ZeRO-{stage}, {world_size} rank(s) x micro-batch {micro} x accumulation {accumulation}")
+        ranks = f"{stages} stage(s) x {world_size // stages}" if stages > 1 else f"{world_size}"
+        print(f"# ZeRO-{stage}, {ranks} rank(s) x micro-batch {micro} x accumulation {accumulation}")
     return 0
 
 
