@@ -91,6 +91,8 @@ class LayerCosts:
     head: int
     activation_bytes: int = 0
     """Of one block and micro-batch; those of stem and head are less."""
+    micro_batch: int = 0
+    """Examples that the times are for."""
 
     def of_layers(self, depth: int) -> list[int]:
         """Stem, blocks, head."""
@@ -114,7 +116,7 @@ def cut_by_cost(
         present: stage that holds each block now, when the stages stay on their ranks.
 
     Raises:
-        ValueError: when no cut fits the memory of the device, with a remedy.
+        DistributedError: on all ranks, when no cut fits the memory of the device, with a remedy.
     """
     blocks = model_config.blocks
     where = None if present is None else [0, *(present[b] for b in blocks), num_stages - 1]
@@ -126,7 +128,7 @@ def cut_by_cost(
         )
     except ValueError as problem:
         remedy = "Raise `parallel.pipe_stages`, lower train.micro_batch_size, or set model.activation_checkpointing."
-        raise ValueError(f"{problem} {remedy}") from problem
+        raise comm.DistributedError(f"{problem} {remedy}") from problem
     return (layers[0] - 1, *layers[1:-1], layers[-1] - 1)
 
 
@@ -193,7 +195,7 @@ def measure_costs(config: Config, model_config: ModelConfig, num_stages: int, re
     held = x.nbytes if m.activation_checkpointing else _saved_bytes(lambda: block(x, c))
     ranks = comm.all_gather_json([int(1e9 * seconds) for seconds in times])
     stem_cost, block_cost, head_cost = (int(statistics.median(column)) for column in zip(*ranks, strict=True))
-    return LayerCosts(stem_cost, block_cost, head_cost, held)
+    return LayerCosts(stem_cost, block_cost, head_cost, held, micro)
 
 
 def _fill(tensors: list[Tensor]) -> list[Tensor]:

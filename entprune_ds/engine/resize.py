@@ -9,7 +9,7 @@ from entprune_ds import comm
 from entprune_ds.config import Config
 from entprune_ds.engine.balance import Cut, cut_by_cost, measure_costs
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine
-from entprune_ds.engine.ds_config import stages_at
+from entprune_ds.engine.ds_config import batch_plan, stages_at
 from entprune_ds.engine.state import write_state
 from entprune_ds.engine.transfer import exchange, park, reader
 
@@ -21,19 +21,21 @@ def names_after(engine: Engine, kept_blocks: tuple[int, ...]) -> list[str]:
 
 
 def next_cut(engine: Engine, config: Config, kept_blocks: tuple[int, ...]) -> Cut | None:
-    """The best cut of a pipeline that keeps these blocks, None without one. Collective, and inert.
+    """The best cut of a pipeline when these blocks (sorted) remain, None without one. Collective, and inert.
 
-    Costs are measured when the engine does not know them, and kept with it.
+    Costs are measured when the engine does not know them for the micro-batch, and kept with it.
     """
-    if engine.cut is None or not kept_blocks:
-        return None
-    stages, model_config = stages_at(config, comm.world_size(), len(kept_blocks)), engine.model_config
+    if engine.cut is None or kept_blocks == engine.kept_blocks:
+        return engine.cut
+    world_size = comm.world_size()
+    stages = stages_at(config, world_size, len(kept_blocks))
     if stages == 1:
         return None
-    model_config = replace(model_config, kept_blocks=tuple(sorted(kept_blocks)))
-    if stages != len(engine.cut):  # other ranks per stage, another micro-batch
-        return cut_by_cost(config, model_config, stages, measure_costs(config, model_config, stages))
-    engine.costs = engine.costs or measure_costs(config, model_config, stages)
+    model_config = replace(engine.model_config, kept_blocks=kept_blocks)
+    if engine.costs is None or engine.costs.micro_batch != batch_plan(config, world_size // stages)[0]:
+        engine.costs = measure_costs(config, model_config, stages)
+    if stages != len(engine.cut):  # every stage lies on other ranks
+        return cut_by_cost(config, model_config, stages, engine.costs)
     stage_of = [stage for stage, count in enumerate(engine.cut) for _ in range(count)]
     return cut_by_cost(config, model_config, stages, engine.costs, dict(zip(engine.kept_blocks, stage_of, strict=True)))
 
@@ -64,12 +66,13 @@ def resize(
         raise ValueError(f"cannot keep blocks {list(kept_blocks)} of {list(engine.kept_blocks)}: not a proper subset.")
     if engine.ds.micro_steps % engine.ds.gradient_accumulation_steps():
         raise RuntimeError("a resize must stand between optimizer steps, not inside a gradient accumulation.")
+    kept_blocks = tuple(sorted(kept_blocks))
     cut = next_cut(engine, config, kept_blocks) if cut is None else cut
-    costs = engine.costs if cut is not None and engine.cut is not None and len(cut) == len(engine.cut) else None
+    costs = engine.costs
     comm.assert_same_on_all_ranks([list(kept_blocks), cut, engine.adam_step], "the state before a resize")
     names = names_after(engine, kept_blocks)
     step, have = engine.adam_step, engine.layout
-    model_config = replace(engine.model_config, kept_blocks=tuple(sorted(kept_blocks)))
+    model_config = replace(engine.model_config, kept_blocks=kept_blocks)
     parked = park(engine, names)
     destroy_engine(engine)
     new = build_engine(config, model_config, cut, costs)
