@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from entprune_ds.diffusion.objective import FlowObjective
 from entprune_ds.models.dit import DiT, initialize
 from tests.ranks import run_ranks
+from tests.test_training import cut_after, equal_state, losses, words
 from tests.tiny import tiny_draws
 from tests.workers.pipeline import load_state, pipe_config
 
@@ -86,3 +89,70 @@ def test_a_pipeline_trains_like_the_unsharded_model_and_rebuilds_leave_nothing(t
         assert rank["left"] == 0
         assert rank["counts"][0][1:4] == [1, 1, 1]
         assert all(counts == rank["counts"][0] for counts in rank["counts"])
+
+
+def test_a_pipeline_prunes_and_resumes_exactly(digits, tmp_path):
+    pipeline, whole = "parallel.pipe_stages=2", tmp_path / "whole"
+    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole", pipeline)])
+    decisions = [json.loads(line) for line in (whole / "decisions.jsonl").read_text().splitlines()]
+    assert [len(d["kept_blocks"]) for d in decisions][-1] == 2
+    assert all(sum(d["cut"]) == len(d["kept_blocks"]) and len(d["cut"]) == 2 for d in decisions)
+    cut = cut_after(whole, tmp_path / "cut", 4)  # before step 4 stands the second check: it is repeated
+    plain = cut_after(whole, tmp_path / "plain", 8)
+    runs = [words(digits, tmp_path, "cut", pipeline), words(digits, tmp_path, "plain")]
+    run_ranks("tests.workers.training:train", 2, runs=runs)
+    last = "checkpoints/step_00000012"
+    assert losses(cut) == losses(whole)
+    assert equal_state(cut / last, whole / last)
+    assert (cut / "decisions.jsonl").read_text() == (whole / "decisions.jsonl").read_text()
+    assert losses(plain) == pytest.approx(losses(whole), rel=1e-5)  # from step 8 without a pipeline
+
+
+@FULL
+def test_checkpoints_keep_the_state_from_topology_to_topology(digits, tmp_path):
+    whole = tmp_path / "whole"
+    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole", "parallel.pipe_stages=2")])
+    source = whole / "checkpoints/step_00000008"  # after the removals
+    for number, (zero_stage, world_size, stages) in enumerate(((1, 2, 1), (3, 1, 1), (0, 4, 2), (1, 2, 2))):
+        out = tmp_path / f"carried_{number}"
+        arguments = {"source": str(source), "out": str(out), "zero_stage": zero_stage, "stages": stages}
+        cuts = run_ranks("tests.workers.pipeline:carry", world_size, **arguments)
+        source = out / "step_00000008"
+        assert equal_state(source, whole / "checkpoints/step_00000008"), (zero_stage, world_size, stages)
+    assert cuts == [json.loads((whole / "checkpoints/step_00000008/manifest.json").read_text())["record"]["cut"]] * 2
+
+
+@FULL
+def test_a_pipeline_with_fewer_blocks_than_stages_shrinks_to_replicas(digits, tmp_path):
+    more = ["parallel.pipe_stages=4", "train.num_steps=9"]
+    run_ranks("tests.workers.training:train", 4, runs=[words(digits, tmp_path, "pipe", *more)])
+    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "plain", "train.num_steps=9")])
+    decisions = [json.loads(line) for line in (tmp_path / "pipe" / "decisions.jsonl").read_text().splitlines()]
+    assert len(decisions[-1]["cut"]) == 2 and len(decisions[-1]["kept_blocks"]) == 2
+    assert losses(tmp_path / "pipe") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    last = "checkpoints/step_00000009/manifest.json"
+    records = [json.loads((tmp_path / name / last).read_text())["record"] for name in ("pipe", "plain")]
+    assert records[0]["stream"] == records[1]["stream"]
+
+
+REFUSALS = {
+    "must be at most the 4 blocks": (["parallel.pipe_stages=8"], 8),
+    "must divide the number of ranks (3)": (["parallel.pipe_stages=2"], 3),
+    "needs ZeRO stage 0 or 1, but": (["parallel.pipe_stages=2", "parallel.zero_stage=3"], 2),
+    "`parallel.pipe_stages` must be above 0": (["parallel.pipe_stages=0"], 1),
+    "is more than 2 blocks, and no smaller pipeline": (  # 3 ranks share neither the readers nor the batch
+        ["parallel.pipe_stages=3", "prune.target_depth=2"], 3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_impossible_pipelines_are_refused_before_any_process_group(digits, tmp_path, monkeypatch, capsys, message):
+    from entprune_ds.cli.train import main
+
+    more, world_size = REFUSALS[message]
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    assert main(words(digits, tmp_path, "refused", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("parallel.pipe_stages") >= 1
+    assert not torch.distributed.is_initialized() and not (tmp_path / "refused").exists()

@@ -108,8 +108,9 @@ def stage_costs(costs: LayerCosts, cut: Cut) -> list[int]:
 
 
 def cut_by_cost(
-    config: Config, model_config: ModelConfig, num_stages: int, costs: LayerCosts, present: dict[int, int] | None = None
-) -> Cut:
+    config: Config, model_config: ModelConfig, num_stages: int, dp_size: int, costs: LayerCosts,
+    present: dict[int, int] | None = None,
+) -> Cut:  # fmt: skip
     """Blocks per stage at the depth of `model_config`. A pure function, equal on all ranks.
 
     Args:
@@ -120,7 +121,7 @@ def cut_by_cost(
     """
     blocks = model_config.blocks
     where = None if present is None else [0, *(present[b] for b in blocks), num_stages - 1]
-    memory = _layer_bytes(config, model_config, comm.world_size() // num_stages)
+    memory = _layer_bytes(config, model_config, dp_size)
     in_flight = num_stages * costs.activation_bytes  # one forward, one backward: the first stage keeps that many
     try:
         layers = best_cut(

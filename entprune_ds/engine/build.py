@@ -111,7 +111,7 @@ def build_engine(
     stages = stages_at(config, comm.world_size(), len(model_config.blocks))
     if stages > 1 and cut is None:
         costs = costs or measure_costs(config, model_config, stages)
-        cut = cut_by_cost(config, model_config, stages, costs)
+        cut = cut_by_cost(config, model_config, stages, comm.world_size() // stages, costs)
     if (1 if cut is None else len(cut)) != stages:
         raise ValueError(f"the cut {list(cut or ())} must have {stages} stages.")
     ds_config = full_ds_config(config, comm.world_size() // stages)
@@ -137,6 +137,7 @@ def _whole(model_config: ModelConfig, ds_config: dict[str, Any]) -> DiT:
     """The whole model on every rank, or at ZeRO-3 partitioned while it is made."""
     import deepspeed
 
+    deepspeed.utils.groups.mpu = None  # where the grid of an earlier pipeline of this process stays
     stage3 = ds_config["zero_optimization"]["stage"] == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
         model = DiT(model_config)

@@ -31,13 +31,15 @@ def next_cut(engine: Engine, config: Config, kept_blocks: tuple[int, ...]) -> Cu
     stages = stages_at(config, world_size, len(kept_blocks))
     if stages == 1:
         return None
-    model_config = replace(engine.model_config, kept_blocks=kept_blocks)
-    if engine.costs is None or engine.costs.micro_batch != batch_plan(config, world_size // stages)[0]:
+    dp_size, model_config = world_size // stages, replace(engine.model_config, kept_blocks=kept_blocks)
+    if engine.costs is None or engine.costs.micro_batch != batch_plan(config, dp_size)[0]:
         engine.costs = measure_costs(config, model_config, stages)
     if stages != len(engine.cut):  # every stage lies on other ranks
-        return cut_by_cost(config, model_config, stages, engine.costs)
+        return cut_by_cost(config, model_config, stages, dp_size, engine.costs)
     stage_of = [stage for stage, count in enumerate(engine.cut) for _ in range(count)]
-    return cut_by_cost(config, model_config, stages, engine.costs, dict(zip(engine.kept_blocks, stage_of, strict=True)))
+    return cut_by_cost(
+        config, model_config, stages, dp_size, engine.costs, dict(zip(engine.kept_blocks, stage_of, strict=True))
+    )
 
 
 def resize(

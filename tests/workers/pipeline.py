@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from entprune_ds.config import Config
+from entprune_ds.config import Config, config_from_dict
 from entprune_ds.diffusion.objective import FlowObjective
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh, train_step
+from entprune_ds.engine.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import gather_full
+from entprune_ds.run_state import saved_cut
 from tests.tiny import tiny_config, tiny_draws
 from tests.workers.resize import STEPS_AFTER, fill, gathered_ema, public_state
 
@@ -114,3 +116,17 @@ def _alive() -> list[int]:
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
     kinds = [names.count(kind) for kind in ("PipelineEngine", "StagedDiT", "PipelineParallelGrid")]
     return [len(dist.distributed_c10d._world.pg_map), *kinds, threading.active_count(), hooks]
+
+
+def carry(source: str, out: str, zero_stage: int, stages: int) -> list[int] | None:
+    """Load the checkpoint of a training on this topology and save it again; returns the cut."""
+    found = read_checkpoint(Path(source))
+    record = found.manifest["record"]
+    config = config_from_dict(record["config"])
+    parallel = replace(config.parallel, ds_config=f"zero{zero_stage}_fp32", zero_stage=None, pipe_stages=stages)
+    config = replace(config, parallel=parallel)
+    model = replace(config.model, kept_blocks=found.kept_blocks)
+    engine = build_engine(config, model, *saved_cut(config, found))
+    load_checkpoint(engine, found)
+    save_checkpoint(engine, Path(out), found.step, record)
+    return None if engine.cut is None else list(engine.cut)
