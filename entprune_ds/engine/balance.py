@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -138,12 +139,16 @@ def _layer_bytes(config: Config, model_config: ModelConfig, dp_size: int) -> lis
     ds = read_ds_config(config)
     sharded = dp_size if ds["zero_optimization"]["stage"] else 1
     per_element = 2 * _dtype(ds).itemsize + 16 / sharded
-    counts = dict.fromkeys(["stem", *model_config.blocks, "head"], 0)
+    return [int(count * per_element) for count in layer_parameters(model_config)]
+
+
+def layer_parameters(model_config: ModelConfig) -> list[int]:
+    """Parameters of stem, blocks and head."""
+    counts: dict[str | int, int] = dict.fromkeys(["stem", *model_config.blocks, "head"], 0)
     for name, shape in parameter_shapes(model_config).items():
         top, *rest = name.split(".")
-        layer = int(rest[0]) if top == "blocks" else "head" if top == "final_layer" else "stem"
-        counts[layer] += torch.Size(shape).numel()
-    return [int(count * per_element) for count in counts.values()]
+        counts[int(rest[0]) if top == "blocks" else "head" if top == "final_layer" else "stem"] += math.prod(shape)
+    return list(counts.values())
 
 
 def _memory_limit() -> int | None:
