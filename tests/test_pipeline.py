@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from entprune_ds.diffusion.objective import FlowObjective
+from entprune_ds.engine.transfer import _transfers
 from entprune_ds.models.dit import DiT, initialize
 from tests.ranks import run_ranks
 from tests.test_training import cut_after, equal_state, losses, words
@@ -46,6 +48,20 @@ def test_a_resized_pipeline_continues_like_a_fresh_one(tmp_path, zero_stage, wor
         assert any(not torch.equal(wrong[name], expected[name]) for name in expected), mutation
     total = sum(t.numel() for name, t in expected.items() if name.startswith("weight/"))
     assert max(r["held"] for r in live) < 0.85 * total  # no rank holds the whole model
+
+
+def ranges(blocks: tuple[int, ...], cut: tuple[int, ...]) -> list[list[tuple[str, int, int]]]:
+    """Who holds what on a pipeline, in tensors of ten elements."""
+    layers = ["stem", *[f"blocks.{b}" for b in blocks], "head"]
+    bounds = [0, *(1 + sum(cut[: i + 1]) for i in range(len(cut) - 1)), len(layers)]
+    return [[(name, 0, 10) for name in layers[a:b]] for a, b in pairwise(bounds)]
+
+
+def test_only_layers_that_change_their_stage_travel():
+    old = ranges((0, 1, 2, 3), (2, 2))
+    assert _transfers(old, ranges((0, 2, 3), (1, 2))) == []
+    assert _transfers(old, ranges((0, 2, 3), (2, 1))) == [(1, 0, "blocks.2", 0, 10)]
+    assert _transfers(old, ranges((1, 2, 3), (0, 3))) == [(0, 1, "blocks.1", 0, 10)]
 
 
 def unsharded(steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -113,13 +129,20 @@ def test_checkpoints_keep_the_state_from_topology_to_topology(digits, tmp_path):
     whole = tmp_path / "whole"
     run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole", "parallel.pipe_stages=2")])
     source = whole / "checkpoints/step_00000008"  # after the removals
+    manifest = json.loads((source / "manifest.json").read_text())
+    total = sum(torch.Size(shape).numel() for shape in manifest["shapes"].values())
+    recorded = {"cut": [2, 0]}  # no measurement would choose it: it is followed because it is recorded
+    manifest["record"] |= recorded
+    (source / "manifest.json").write_text(json.dumps(manifest))
     for number, (zero_stage, world_size, stages) in enumerate(((1, 2, 1), (3, 1, 1), (0, 4, 2), (1, 2, 2))):
         out = tmp_path / f"carried_{number}"
         arguments = {"source": str(source), "out": str(out), "zero_stage": zero_stage, "stages": stages}
         cuts = run_ranks("tests.workers.pipeline:carry", world_size, **arguments)
         source = out / "step_00000008"
         assert equal_state(source, whole / "checkpoints/step_00000008"), (zero_stage, world_size, stages)
-    assert cuts == [json.loads((whole / "checkpoints/step_00000008/manifest.json").read_text())["record"]["cut"]] * 2
+        files = json.loads((source / "manifest.json").read_text())["files"]
+        assert sum(stop - start for file in files for _, start, stop in file["ranges"]) == total  # nothing twice
+        assert cuts == [recorded["cut"] if stages == 2 else None] * world_size
 
 
 @FULL
