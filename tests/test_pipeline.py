@@ -179,3 +179,12 @@ def test_impossible_pipelines_are_refused_before_any_process_group(digits, tmp_p
     error = capsys.readouterr().err
     assert message in error and error.count("parallel.pipe_stages") >= 1
     assert not torch.distributed.is_initialized() and not (tmp_path / "refused").exists()
+
+
+def test_a_deepspeed_without_what_pipelines_rely_on_is_refused(monkeypatch):
+    from entprune_ds.engine import pipeline
+
+    pipeline.check_deepspeed_pipeline()
+    monkeypatch.setitem(pipeline.NEEDED, pipeline.PipelineModule, ("_build", "_gone_in_a_later_version"))
+    with pytest.raises(RuntimeError, match=r"no PipelineModule._gone_in_a_later_version. Install deepspeed==0.19.8"):
+        pipeline.check_deepspeed_pipeline()
