@@ -61,6 +61,7 @@ def problems_of(config: Config) -> list[str]:
         require(ok, message + f"({train.global_batch_size}), got {data.num_readers}.")
     if config.parallel.zero_stage is not None:
         one_of("parallel.zero_stage", config.parallel.zero_stage, (0, 1, 2, 3))
+    positive("parallel", config.parallel, "pipe_stages")
     found += _pruning_problems(config) if not found else []
 
     one_of("sample.labels", config.sample.labels, ("uniform", "balanced"))

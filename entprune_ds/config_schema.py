@@ -122,6 +122,8 @@ class ParallelConfig:
     """DeepSpeed configuration: a name in ds_configs/ or a path to a JSON file without batch keys."""
     zero_stage: int | None = None
     """ZeRO stage 0-3; null takes the one of ds_config."""
+    pipe_stages: int = 1
+    """Pipeline stages; ranks = stages x data-parallel size. Above 1 needs ZeRO stage 0 or 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

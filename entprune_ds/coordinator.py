@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class CheckTimes:
 
 def run_check(
     parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, step: int, original_depth: int,
-    examples: Examples,
+    examples: Examples, recut: Callable[[tuple[int, ...]], tuple[int, ...] | None] = lambda kept_blocks: None,
 ) -> tuple[PruneDecision, CheckTimes]:  # fmt: skip
     """Score every block, vote on the depth, and agree on a decision. Collective: all ranks call.
 
@@ -57,6 +57,7 @@ def run_check(
         step: training step before which it stands.
         original_depth: depth at the start of this run, which the default cap refers to.
         examples: calibration data.
+        recut: blocks per pipeline stage for the kept blocks, None without a pipeline; collective.
 
     Raises:
         DistributedError: on all ranks, when outputs are not finite or the ranks do not agree.
@@ -82,6 +83,7 @@ def run_check(
     proposal = _decide(candidates, prune, check, step, kept_blocks, order, scores) if comm.is_main() else None
     fault_points.reach("broadcast")
     decision = PruneDecision.from_json(comm.broadcast_json(None if proposal is None else proposal.to_json()))
+    decision = replace(decision, cut=recut(decision.kept_blocks))
     comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
     return decision, CheckTimes(swept - start, time.perf_counter() - swept)
 

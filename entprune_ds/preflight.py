@@ -10,7 +10,7 @@ import yaml
 from entprune_ds.config import Config, config_from_dict, problems_of, to_dict
 from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
-from entprune_ds.engine.ds_config import batch_plan, read_ds_config
+from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.interop.weights import starting_problems
 
@@ -39,11 +39,12 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     found = problems_of(config)
     if found:
         return found
-    for check in (lambda: read_ds_config(config), lambda: batch_plan(config, world_size)):
-        try:
-            check()
-        except (OSError, ValueError) as error:
-            found.append(str(error))
+    try:
+        read_ds_config(config)
+    except (OSError, ValueError) as error:
+        found.append(str(error))
+    if (problem := pipeline_problem(config, world_size)) is not None:
+        found.append(problem)
     prune = config.prune
     if prune.target_depth is not None and prune.calibration_batch < world_size:
         message = f"`prune.calibration_batch` must be at least the number of ranks ({world_size}), "

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,13 +15,16 @@ from entprune_ds.atomic import write_text
 from entprune_ds.config import Config, ModelConfig, to_stored, to_yaml
 from entprune_ds.data.stream import Stream, merge_states
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
+from entprune_ds.engine.balance import Cut, LayerCosts, costs_as_json
 from entprune_ds.engine.build import Engine, build_engine, fresh_state, initialize_fresh
 from entprune_ds.engine.checkpoint import (
+    Checkpoint,
     find_checkpoint,
     load_checkpoint,
     prune_old,
     save_checkpoint,
 )
+from entprune_ds.engine.ds_config import stages_at
 from entprune_ds.engine.state import Piece, write_state
 from entprune_ds.environment import environment, launch_command
 from entprune_ds.faults import check_space
@@ -77,14 +81,8 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     model_config = replace(config.model, kept_blocks=config.model.blocks)
     if found is not None:
         model_config = replace(model_config, kept_blocks=found.kept_blocks)
-    engine = build_engine(config, model_config)
-    stream = Stream(
-        config.data.shards, seed=config.run.seed, num_readers=config.data.num_readers,
-        shuffle_buffer=config.data.shuffle_buffer, global_batch_size=config.train.global_batch_size,
-        dp_rank=comm.rank(), dp_size=comm.world_size(), verify=True, flip=config.data.flip,
-        latent_scale=config.data.latent_scale, num_workers=config.data.num_workers, prefetch=config.data.prefetch,
-        max_skipped=config.data.max_skipped, allow_pipe=config.data.allow_pipe,
-    )  # fmt: skip
+    engine = build_engine(config, model_config, *saved_cut(config, found))
+    stream = open_stream(config, engine)
     step, decisions, metrics_bytes = 0, [], 0  # a run from the start keeps no earlier line
     if found is not None:
         load_checkpoint(engine, found)
@@ -110,6 +108,39 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     run.saved = step if found is not None else -1
     run.validation = validation_draws(config)
     return run
+
+
+def saved_cut(config: Config, found: Checkpoint | None) -> tuple[Cut | None, LayerCosts | None]:
+    """The pipeline's cut at the checkpoint and what it was made from, to be used again at as many stages."""
+    record = {} if found is None else found.manifest["record"]
+    cut, costs = record.get("cut"), record.get("costs")
+    if found is None or cut is None or len(cut) != stages_at(config, comm.world_size(), len(found.kept_blocks)):
+        return None, None
+    return tuple(cut), LayerCosts(*costs) if costs else None
+
+
+def open_stream(config: Config, engine: Engine) -> Stream:
+    """The training examples of this data-parallel rank."""
+    return Stream(
+        config.data.shards, seed=config.run.seed, num_readers=config.data.num_readers,
+        shuffle_buffer=config.data.shuffle_buffer, global_batch_size=config.train.global_batch_size,
+        dp_rank=engine.dp_rank, dp_size=engine.dp_size, verify=True, flip=config.data.flip,
+        latent_scale=config.data.latent_scale, num_workers=config.data.num_workers, prefetch=config.data.prefetch,
+        max_skipped=config.data.max_skipped, allow_pipe=config.data.allow_pipe,
+    )  # fmt: skip
+
+
+def place_in_data(run: Run) -> dict[str, Any]:
+    """The place of the whole job in the data: that of the first stages, one per data-parallel rank. Collective."""
+    states = comm.all_gather_json(run.stream.state() if run.engine.pipe_stage == 0 else None)
+    return merge_states(state for state in states if state is not None)
+
+
+def resplit(run: Run, place: dict[str, Any]) -> None:
+    """Go on from a place in the data with the data-parallel ranks of now."""
+    run.stream.close()
+    run.stream = open_stream(run.config, run.engine)
+    run.stream.load_state(place)
 
 
 def open_folder(
@@ -204,7 +235,9 @@ def checkpoint(run: Run) -> None:
     if run.saved == run.step:
         return
     record = {
-        "stream": merge_states(comm.all_gather_json(run.stream.state())),
+        "stream": place_in_data(run),
+        "cut": run.engine.cut,
+        "costs": costs_as_json(run.engine.costs),
         "decisions": [d.to_json() for d in run.decisions],
         "config": to_stored(run.config),
         "metrics_bytes": metrics_size(run.folder),

@@ -25,7 +25,8 @@ log = get_logger()
 def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
     """Log the loss of this step over all ranks, and the throughput since the last log."""
     config, engine = run.config, run.engine
-    sums = comm.all_reduce_sum(torch.stack([loss, loss.new_tensor(run.stream.num_skipped)]))
+    skipped_here = run.stream.num_skipped if engine.pipe_stage == 0 else 0  # all stages read the same examples
+    sums = comm.all_reduce_sum(torch.stack([loss, loss.new_tensor(skipped_here)]))
     mean, skipped = (sums[0] / comm.world_size()).item(), int(sums[1].item())
     now = time.monotonic()
     seconds, run.started = (now - run.started) / config.monitor.log_every, now

@@ -13,15 +13,16 @@ from entprune_ds.config import Config
 from entprune_ds.coordinator import Examples, run_check
 from entprune_ds.data.latents import Batch
 from entprune_ds.data.stream import Stream
+from entprune_ds.diffusion.objective import Draws
 from entprune_ds.engine.build import train_step
 from entprune_ds.engine.checkpoint import read_checkpoint
-from entprune_ds.engine.resize import resize
+from entprune_ds.engine.resize import next_cut, resize
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
 from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell, watched
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
-from entprune_ds.run_state import Run, checkpoint, open_run, record_decision
+from entprune_ds.run_state import Run, checkpoint, open_run, place_in_data, record_decision, resplit
 from entprune_ds.run_view import log_step, sample_grid, validate
 
 log = get_logger()
@@ -75,37 +76,48 @@ def loop(run: Run) -> None:
 
 
 def one_step(run: Run) -> Tensor:
-    """One optimizer step; returns this rank's mean loss, not yet synchronised."""
+    """One optimizer step; returns the mean loss of this data-parallel rank, not yet synchronised."""
     config, engine = run.config, run.engine
-    batch = next_batch(run)
-    draws = run.objective.make_draws(
-        batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="train", step=run.step,
-        label_dropout=config.train.label_dropout, null_label=config.model.num_classes,
-    )  # fmt: skip
     engine.set_learning_rate(learning_rate(config.train, run.step))
-    micro_batches = draws.split(engine.ds.train_micro_batch_size_per_gpu())
-    loss, _ = train_step(engine, micro_batches, run.objective.loss)
+    loss, _ = train_step(engine, next_draws(run), run.objective.loss)
     engine.update_ema(config.train.ema_decay)
     run.step += 1
     comm.mark_progress()
     return loss
 
 
-def next_batch(run: Run) -> Batch:
-    """This rank's part of the next global batch; a damaged shard ends the job, with the shard's name.
+def next_draws(run: Run) -> list[Draws]:
+    """Micro-batches of the next step, none on a stage between the first and the last.
+
+    Noise and t come from rng.py, so that first and last stage draw the same.
+    """
+    config, batch = run.config, next_batch(run)
+    if batch is None:
+        return []
+    draws = run.objective.make_draws(
+        batch.latents, batch.labels, batch.slots, seed=config.run.seed, purpose="train", step=run.step,
+        label_dropout=config.train.label_dropout, null_label=config.model.num_classes,
+    )  # fmt: skip
+    return draws.split(run.engine.ds.train_micro_batch_size_per_gpu())
+
+
+def next_batch(run: Run) -> Batch | None:
+    """This data-parallel rank's part of the next global batch, where the stage reads it.
+
+    A damaged shard ends the job, with the shard's name.
 
     The first batch of a start is waited for together: what is wrong with the data from the beginning ends all ranks
     with the same message. Later each rank is alone, for a meeting at every step would cost time.
     """
     batch, error = None, None
     try:
-        batch = run.stream.next_batch()
+        batch = run.stream.next_batch() if run.engine.reads_data else None
     except (ValueError, OSError) as problem:
         error = f"step {run.step}: {problem}"
     if not run.reading:
         comm.raise_together(error)
         run.reading = True
-    if batch is None:
+    if error is not None:
         raise comm.RankError(error)
     return batch
 
@@ -119,8 +131,9 @@ def prune_check(run: Run) -> None:
     )
     parts = ShardedView(engine, "weight", getattr(torch, config.prune.score_dtype))
     decision, times = run_check(
-        parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check)
-    )
+        parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
+        recut=lambda kept_blocks: next_cut(engine, config, kept_blocks),
+    )  # fmt: skip
     del parts
     record_decision(run, decision)
     run.monitor.log(run.step, {"prune/score_seconds": times.sweep, "prune/vote_seconds": times.vote})
@@ -129,7 +142,10 @@ def prune_check(run: Run) -> None:
         return
     validate(run)
     sample_grid(run, f"check_{check}_before")
-    run.engine, seconds = resize(engine, config, decision.kept_blocks)
+    place, dp_size = place_in_data(run), engine.dp_size
+    run.engine, seconds = resize(engine, config, decision.kept_blocks, decision.cut)
+    if run.engine.dp_size != dp_size:  # the pipeline has shrunk
+        resplit(run, place)
     log.info("resized to depth %d in %.2f s, optimizer state kept", run.engine.depth, seconds)
     run.monitor.log(run.step, {"prune/resize_seconds": seconds})
     validate(run)

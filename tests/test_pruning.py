@@ -183,6 +183,18 @@ def test_any_change_of_a_stored_decision_is_found():
         PruneDecision.from_json({k: v for k, v in stored.items() if k != "step"})
 
 
+def test_the_cut_of_a_pipeline_is_part_of_a_decision_and_older_records_have_none():
+    cut = decision(cut=[0, 2])
+    assert PruneDecision.from_json(json.loads(json.dumps(cut.to_json()))) == cut and cut.cut == (0, 2)
+    assert cut.digest != decision(cut=(1, 1)).digest != decision().digest
+    with pytest.raises(ValueError, match="does not match its digest"):
+        PruneDecision.from_json(cut.to_json() | {"cut": [1, 1]})
+    with pytest.raises(ValueError, match="does not add up"):
+        decision(cut=(1, 2))
+    older = {name: value for name, value in decision().to_json().items() if name != "cut"}
+    assert PruneDecision.from_json(older) == decision()
+
+
 def test_a_decision_is_frozen_and_consistent():
     with pytest.raises(FrozenInstanceError):
         decision().step = 5  # type: ignore[misc]

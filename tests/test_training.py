@@ -172,8 +172,9 @@ def test_checkpoints_resume_at_another_stage_and_world_size(digits, tmp_path):
 def test_scores_are_equal_on_all_ranks_and_equal_to_brute_force(digits, tmp_path):
     run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "m", "prune.target_depth=null")])
     export, results = str(tmp_path / "m" / "model"), []
-    for zero_stage, world_size in ((3, 2), (1, 1)):
+    for zero_stage, world_size, stages in ((3, 2, 1), (1, 1, 1), (1, 2, 2)):
         arguments = {"export": export, "shards": f"{digits}/train", "zero_stage": zero_stage, "out": str(tmp_path)}
+        arguments["stages"] = stages
         ranks = run_ranks("tests.workers.training:scores", world_size, **arguments)
         assert all(r == ranks[0] for r in ranks)
         assert ranks[0]["gathers"] == 4 * 3  # each block once per calibration batch

@@ -65,14 +65,15 @@ def describe(words: list[str]) -> int:
     from entprune_ds.engine.ds_config import batch_plan, zero_stage
     from entprune_ds.models.registry import count_parameters
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    stage, (micro, accumulation) = zero_stage(config), batch_plan(config, world_size)
+    world_size, stages = int(os.environ.get("WORLD_SIZE", "1")), config.parallel.pipe_stages
+    stage, (micro, accumulation) = zero_stage(config), batch_plan(config, world_size // stages)
     if os.environ.get("RANK", "0") == "0":
         print(to_yaml(config), end="")
         parameters = count_parameters(config.model)
         state = 16 * parameters / 2**20
         print(f"# {parameters:,} parameters; {state:,.1f} MiB of weights, moments and EMA over all ranks")
-        print(f"# ZeRO-{stage}, {world_size} rank(s) x micro-batch {micro} x accumulation {accumulation}")
+        ranks = f"{stages} stage(s) x {world_size // stages}" if stages > 1 else f"{world_size}"
+        print(f"# ZeRO-{stage}, {ranks} rank(s) x micro-batch {micro} x accumulation {accumulation}")
         print(_data_line(config), _weights_line(config), sep="\n")
     return 0
 

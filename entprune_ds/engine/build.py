@@ -12,11 +12,13 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig
-from entprune_ds.engine.ds_config import full_ds_config
+from entprune_ds.engine.balance import Cut, LayerCosts, cut_by_cost, measure_costs
+from entprune_ds.engine.ds_config import full_ds_config, stages_at
 from entprune_ds.engine.ema import ema_decay, new_ema, update_ema
 from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
 from entprune_ds.models.dit import DiT, initial_tensor
-from entprune_ds.models.layers import position_embedding
+from entprune_ds.models.layers import Block, position_embedding
+from entprune_ds.models.registry import parameter_shapes
 
 
 @dataclass
@@ -35,7 +37,11 @@ class Engine:
     ema_count: int = 0
     """EMA updates since the start or the last resize."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Full shape of every parameter, in model order."""
+    """Full shape of every parameter of the model, in its order, on whatever rank it lies."""
+    cut: Cut | None = None
+    """Blocks per pipeline stage; None without a pipeline."""
+    costs: LayerCosts | None = None
+    """What the layers of a pipeline cost, when it has been measured."""
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:
@@ -46,6 +52,26 @@ class Engine:
     def depth(self) -> int:
         """Number of present blocks."""
         return len(self.model_config.blocks)
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks; all stages of one read the same examples."""
+        return comm.world_size() // (len(self.cut) if self.cut else 1)
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's data-parallel place; ranks are stage-major."""
+        return comm.rank() % self.dp_size
+
+    @property
+    def pipe_stage(self) -> int:
+        """This rank's pipeline stage; 0 without a pipeline."""
+        return comm.rank() // self.dp_size
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank's stage needs the examples: the first needs z_t, the last the target."""
+        return self.cut is None or self.pipe_stage in (0, len(self.cut) - 1)
 
     @property
     def adam_step(self) -> int:
@@ -68,38 +94,66 @@ class Engine:
         self.ema_count += 1
 
 
-def build_engine(config: Config, model_config: ModelConfig) -> Engine:
+def build_engine(
+    config: Config, model_config: ModelConfig, cut: Cut | None = None, costs: LayerCosts | None = None
+) -> Engine:
     """Build the model at the depth of `model_config` and wrap it; weights are set by the caller. Collective.
 
     The constructor values of torch are drawn under a forked RNG and overwritten, so building is inert.
+
+    Args:
+        cut: blocks per pipeline stage; None takes the best one by cost.
+        costs: of the layers, when they are known; None measures them if there is no cut.
     """
     import deepspeed
 
     model_config = replace(model_config, kept_blocks=model_config.blocks, weights="")
-    ds_config = full_ds_config(config, comm.world_size())
-    stage3 = ds_config["zero_optimization"]["stage"] == 3
+    stages = stages_at(config, comm.world_size(), len(model_config.blocks))
+    if stages > 1 and cut is None:
+        costs = costs or measure_costs(config, model_config, stages)
+        cut = cut_by_cost(config, model_config, stages, comm.world_size() // stages, costs)
+    if (1 if cut is None else len(cut)) != stages:
+        raise ValueError(f"the cut {list(cut or ())} must have {stages} stages.")
+    ds_config = full_ds_config(config, comm.world_size() // stages)
     devices = [comm.device()] if comm.device().type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
-            model = DiT(model_config)
-        if stage3:  # zero.Init casts even the sinusoids to 16 bit, and leaves buffers where they are
-            positions = position_embedding(model_config.hidden_size, model.side)
-            model.pos_embed = positions.to(comm.device())
-        else:
-            model.to(comm.device())
+        model = _staged(model_config, cut) if cut is not None else _whole(model_config, ds_config)
         if model_config.compile:  # in place: the names of parameters stay, and equal blocks share one compiled code
-            for block in model.blocks.values():
-                block.compile()
+            for block in model.modules():
+                if isinstance(block, Block):
+                    block.compile()
         train = config.train
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
             fused=comm.device().type == "cuda",
         )  # fmt: skip
         ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    pieces = pieces_of(ds)
-    shapes = {n: tuple(p.ds_shape if stage3 else p.shape) for n, p in ds.module.named_parameters()}
+    pieces, shapes = pieces_of(ds), parameter_shapes(model_config)
     layout = comm.all_gather_json([(p.name, p.start, p.stop) for p in pieces])
-    return Engine(ds, model_config, optimizer, pieces, new_ema(pieces), layout, shapes=shapes)
+    return Engine(ds, model_config, optimizer, pieces, new_ema(pieces), layout, shapes=shapes, cut=cut, costs=costs)
+
+
+def _whole(model_config: ModelConfig, ds_config: dict[str, Any]) -> DiT:
+    """The whole model on every rank, or at ZeRO-3 partitioned while it is made."""
+    import deepspeed
+
+    deepspeed.utils.groups.mpu = None  # where the grid of an earlier pipeline of this process stays
+    stage3 = ds_config["zero_optimization"]["stage"] == 3
+    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
+        model = DiT(model_config)
+    if stage3:  # zero.Init casts even the sinusoids to 16 bit, and leaves buffers where they are
+        model.pos_embed = position_embedding(model_config.hidden_size, model.side).to(comm.device())
+    else:
+        model.to(comm.device())
+    return model
+
+
+def _staged(model_config: ModelConfig, cut: Cut) -> torch.nn.Module:
+    """This rank's pipeline stage."""
+    from entprune_ds.engine.pipeline import StagedDiT, check_deepspeed_pipeline  # imports deepspeed
+
+    check_deepspeed_pipeline()
+    return StagedDiT(model_config, cut)
 
 
 def initialize_fresh(engine: Engine, seed: int) -> None:
@@ -122,6 +176,10 @@ def destroy_engine(engine: Engine) -> None:
     """Release everything an engine holds; DeepSpeed's own destroy() leaves hooks that keep it alive. Collective."""
     ds, module = engine.ds, engine.ds.module
     ds.destroy()
+    if engine.cut is not None:
+        from entprune_ds.engine.pipeline import release_pipeline
+
+        release_pipeline(ds)
     for submodule in module.modules():
         for hooks in (
             submodule._forward_hooks, submodule._forward_pre_hooks, submodule._backward_hooks,
@@ -142,16 +200,20 @@ def destroy_engine(engine: Engine) -> None:
 
 
 def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tensor, float]:
-    """One optimizer step over the micro-batches of this rank (ZeRO stages 0-3).
+    """One optimizer step over the micro-batches of this data-parallel rank, on any topology. Collective.
 
     Args:
-        micro_batches: diffusion.objective.Draws, as many as accumulation steps.
+        micro_batches: diffusion.objective.Draws, as many as accumulation steps; unread in the middle of a pipeline.
         loss_fn: (prediction, target, t) -> (N,), the loss of a diffusion.objective.Objective.
 
     Returns:
-        Mean loss of this rank (a tensor, not synchronised) and the seconds taken.
+        Mean loss of this data-parallel rank (a tensor, not synchronised) and the seconds taken.
     """
     start = time.perf_counter()
+    if engine.cut is not None:
+        from entprune_ds.engine.pipeline import train_batch
+
+        return train_batch(engine.ds, micro_batches, engine.dtype, loss_fn), time.perf_counter() - start
     total = torch.zeros((), device=comm.device())
     for draws in micro_batches:
         draws = draws.to(comm.device(), engine.dtype)

@@ -107,13 +107,15 @@ def _disk_error(path: Path, problem: Exception) -> str:
 
 def _write_pieces(engine: Engine, path: Path) -> dict[str, Any]:
     tensors, ranges = {}, []
-    replicated = engine.layout[0] == engine.layout[-1] and comm.world_size() > 1
-    for piece in engine.pieces:
-        start, stop = piece.start, piece.stop
-        if replicated:  # stage 0: every rank holds everything and saves an equal share
-            share = -(-piece.numel // comm.world_size())
-            start = min(share * comm.rank(), piece.numel)
-            stop = min(start + share, piece.numel)
+    holders: dict[tuple[str, int, int], list[int]] = {}
+    for rank, held in enumerate(engine.layout):
+        for name, start, stop in held:
+            holders.setdefault((name, start, stop), []).append(rank)
+    for piece in engine.pieces:  # replicas (ZeRO-0) save equal shares of what they hold in common
+        replicas = holders[piece.name, piece.start, piece.stop]
+        share = -(-piece.numel // len(replicas))
+        start = min(piece.start + share * replicas.index(comm.rank()), piece.stop)
+        stop = min(start + share, piece.stop)
         if start < stop:
             ranges.append([piece.name, start, stop])
             for key in KEYS:

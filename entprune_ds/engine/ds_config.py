@@ -56,6 +56,9 @@ def read_ds_config(config: Config) -> dict[str, Any]:
     if zero["stage"] == 3 and config.model.compile:
         message = "`model.compile` is not supported with ZeRO stage 3, whose gathering breaks compiled blocks apart. "
         raise ValueError(message + "Set model.compile=false, or choose stage 0, 1 or 2.")
+    if zero["stage"] > 1 and config.parallel.pipe_stages > 1:
+        message = f"`parallel.pipe_stages` ({config.parallel.pipe_stages}) needs ZeRO stage 0 or 1, but {path} has "
+        raise ValueError(message + f"stage {zero['stage']}. Set parallel.zero_stage=1, or parallel.pipe_stages=1.")
     return values
 
 
@@ -102,6 +105,52 @@ def batch_plan(config: Config, dp_size: int) -> tuple[int, int]:
         message = f"`train.micro_batch_size` ({micro}) must divide `train.global_batch_size` / data-parallel size "
         raise ValueError(message + f"({total} / {dp_size} = {per_rank}).")
     return micro, per_rank // micro
+
+
+def stages_at(config: Config, world_size: int, depth: int) -> int:
+    """Stages of a pipeline of `depth` blocks: parallel.pipe_stages, or fewer when there are fewer blocks.
+
+    A shrunk pipeline takes the largest divisor of the world size that is at most the depth and whose data-parallel
+    size fits the batch and the readers; the freed ranks become data-parallel replicas.
+
+    Raises:
+        ValueError: when no number of stages fits, with a remedy.
+    """
+    wanted = config.parallel.pipe_stages
+    if world_size % wanted:
+        message = f"`parallel.pipe_stages` ({wanted}) must divide the number of ranks ({world_size}). "
+        raise ValueError(message + "Start another number of ranks, or change it.")
+    if depth >= wanted:
+        batch_plan(config, world_size // wanted)
+        return wanted
+    for count in range(depth, 0, -1):
+        if world_size % count == 0 and _fits(config, world_size // count):
+            return count
+    message = f"`parallel.pipe_stages` ({wanted}) is more than {depth} blocks, and no smaller pipeline on {world_size} "
+    message += f"ranks fits `train.global_batch_size` ({config.train.global_batch_size}), `train.micro_batch_size` and "
+    raise ValueError(message + "`data.num_readers`. Lower it, raise prune.target_depth, or change the batch.")
+
+
+def _fits(config: Config, dp_size: int) -> bool:
+    try:
+        batch_plan(config, dp_size)
+    except ValueError:
+        return False
+    return True
+
+
+def pipeline_problem(config: Config, world_size: int) -> str | None:
+    """Why this pipeline cannot run, at its depth now and at every depth that pruning may reach, or None."""
+    stages, depth = config.parallel.pipe_stages, len(config.model.blocks)
+    if stages > depth:
+        message = f"`parallel.pipe_stages` ({stages}) must be at most the {depth} blocks of the model. "
+        return message + "Lower it."
+    try:
+        for now in range(config.prune.target_depth or depth, depth + 1):
+            stages_at(config, world_size, now)
+    except ValueError as problem:
+        return str(problem)
+    return None
 
 
 def full_ds_config(config: Config, dp_size: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,9 @@ def gather_full(engine: Engine, names: Sequence[str], key: str) -> dict[str, Ten
     size = max(sum(stop - start for _, start, stop in r) for r in ranges)
     total = sum(math.prod(shapes[n]) for n in names)
     if size * comm.world_size() > 2 * total:  # few ranks hold it (ZeRO-1/2): adding shares moves less than gathering
-        return _sum_of_shares(mine, parts, {n: shapes[n] for n in names})
+        first = {r: rank for rank, held in reversed([*enumerate(ranges)]) for r in map(tuple, held)}  # of replicas
+        owned = [first[p.name, p.start, p.stop] == comm.rank() for p in mine]
+        return _sum_of_shares([*compress(mine, owned)], [*compress(parts, owned)], {n: shapes[n] for n in names})
     flat = torch.zeros(size, device=comm.device())
     if parts:
         joined = torch.cat(parts)

@@ -43,6 +43,15 @@ class DiT(nn.Module):
         x = self.x_embedder(z_t) + self.pos_embed.to(z_t.dtype)
         return x, self.t_embedder(t, z_t.dtype) + self.y_embedder(labels)
 
+    def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (N,T,D), c (N,D) -> (N,T,D) through all present blocks."""
+        for block in self.blocks.values():
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)  # (N,T,D), activations recomputed in the backward pass
+            else:
+                x = block(x, c)  # (N,T,D)
+        return x
+
     def head(self, x: Tensor, c: Tensor) -> Tensor:
         """x (N,T,D), c (N,D) -> prediction: (N,C,H,W) velocity of SiT, (N,2C,H,W) epsilon and variance of DiT."""
         patches = self.final_layer(x, c)  # (N,T,p*p*C)
@@ -53,12 +62,7 @@ class DiT(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """z_t (N,C,H,W), t (N,) in [0,1] or timesteps, labels (N,) i64 -> prediction, see `head`."""
         x, c = self.embed(z_t, t, labels)  # (N,T,D), (N,D)
-        for block in self.blocks.values():
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False)  # (N,T,D), activations recomputed in the backward pass
-            else:
-                x = block(x, c)  # (N,T,D)
-        return self.head(x, c)
+        return self.head(self.run_blocks(x, c), c)
 
 
 def build_block(config: ModelConfig) -> Block:

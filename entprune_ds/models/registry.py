@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from entprune_ds.config import ModelConfig
@@ -35,10 +37,15 @@ def model_config(name: str, **changes: object) -> ModelConfig:
     return ModelConfig(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Trainable parameters of a configuration; builds nothing but meta tensors."""
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, in model order; builds nothing but meta tensors."""
     with torch.device("meta"):
-        return sum(p.numel() for p in DiT(config).parameters())
+        return {name: tuple(p.shape) for name, p in DiT(config).named_parameters()}
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Trainable parameters of a configuration."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def count_macs(config: ModelConfig) -> int:

@@ -39,10 +39,14 @@ class PruneDecision:
     """One sentence for people."""
     score_only: bool
     """Whether this is a record of what would be done: nothing was removed."""
+    cut: tuple[int, ...] | None = None
+    """Blocks per pipeline stage from now on; None without a pipeline."""
 
     def __post_init__(self) -> None:
         for field in ("kept_before", "dropped", "kept_blocks", "order"):
             object.__setattr__(self, field, tuple(int(b) for b in getattr(self, field)))
+        if self.cut is not None:
+            object.__setattr__(self, "cut", tuple(int(count) for count in self.cut))
         for field in ("scores", "candidates"):
             object.__setattr__(self, field, _plain(getattr(self, field)))
         before = list(self.kept_before)
@@ -56,11 +60,17 @@ class PruneDecision:
                 f"decision of check {self.check}: chosen depth {self.chosen_depth} is not the number "
                 f"of kept blocks, {len(self.kept_blocks)}."
             )
+        if self.cut is not None and sum(self.cut) != len(self.kept_blocks):
+            raise ValueError(
+                f"decision of check {self.check}: the cut {list(self.cut)} does not add up to the number of kept "
+                f"blocks, {len(self.kept_blocks)}."
+            )
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON of all fields."""
-        return digest_of(_plain(asdict(self)))
+        """SHA-256 of the canonical JSON of all fields; without `cut` where there is none, as in older records."""
+        values = _plain(asdict(self))
+        return digest_of({k: v for k, v in values.items() if k != "cut" or v is not None})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values of one line of decisions.jsonl, the digest last."""
@@ -73,6 +83,7 @@ class PruneDecision:
         Raises:
             ValueError: when a field is missing, unknown or inconsistent, or the digest does not fit.
         """
+        values = {"cut": None} | values  # older records have none
         names = {field.name for field in fields(cls)}
         wrong = sorted(set(values) ^ (names | {"digest"}))
         if wrong:

@@ -15,8 +15,8 @@ def train(runs: list[list[str]]) -> list[int]:
     return [main(words) for words in runs]
 
 
-def scores(export: str, shards: str, zero_stage: int, out: str) -> dict:
-    """Block scores of an exported model under ZeRO, in float64; also how often blocks were gathered."""
+def scores(export: str, shards: str, zero_stage: int, out: str, stages: int = 1) -> dict:
+    """Block scores of an exported model under ZeRO or on a pipeline, in float64; also the number of gathers."""
     from dataclasses import replace
 
     import torch
@@ -35,6 +35,7 @@ def scores(export: str, shards: str, zero_stage: int, out: str) -> dict:
     model, _ = read_export(Path(export))
     config = tiny_config(zero_stage)
     config = replace(config, model=model, data=replace(config.data, shards=shards))
+    config = replace(config, parallel=replace(config.parallel, pipe_stages=stages))
     engine = build_engine(config, model)
     load_weights(engine, Path(export), model)
     view = ShardedView(engine, "weight", torch.float64)

@@ -1,0 +1,72 @@
+"""The cut of a pipeline: exact against brute force, memory, ties; costs measured without touching anything."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entprune_ds.engine.balance import LayerCosts, best_cut, cut_by_cost, measure_costs, stage_costs
+from tests.workers.pipeline import pipe_config
+
+
+def brute_force(costs, memory, num_stages, limit, present):
+    """All contiguous cuts, the best first: slowest stage, bytes moved, layers per stage."""
+    found = []
+    for inner in combinations(range(1, len(costs)), num_stages - 1):
+        bounds = [0, *inner, len(costs)]
+        spans = list(pairwise(bounds))
+        if limit is not None and any(sum(memory[a:b]) > limit for a, b in spans):
+            continue
+        moved = sum(
+            memory[i] for s, (a, b) in enumerate(spans) for i in range(a, b) if present is not None and present[i] != s
+        )
+        found.append((max(sum(costs[a:b]) for a, b in spans), moved, tuple(b - a for a, b in spans)))
+    return min(found, default=None)
+
+
+@st.composite
+def pipelines(draw):
+    """Layers with few different costs, so that ties are common."""
+    layers = draw(st.integers(1, 9))
+    num_stages = draw(st.integers(1, layers))
+    numbers = st.lists(st.integers(0, 4), min_size=layers, max_size=layers)
+    present = draw(st.none() | st.lists(st.integers(0, num_stages - 1), min_size=layers, max_size=layers).map(sorted))
+    return draw(numbers), draw(numbers), num_stages, draw(st.none() | st.integers(0, 20)), present
+
+
+@settings(max_examples=400, deadline=None)
+@given(pipelines())
+def test_the_cut_is_the_one_of_brute_force(pipeline):
+    expected = brute_force(*pipeline)
+    if expected is None:
+        with pytest.raises(ValueError, match="keeps each within"):
+            best_cut(*pipeline)
+    else:
+        assert best_cut(*pipeline) == expected[2]
+
+
+def test_blocks_are_cut_by_cost_and_stay_where_they_are_when_it_costs_nothing():
+    config = pipe_config(1, "fp32", 2)
+    assert cut_by_cost(config, config.model, 2, 1, LayerCosts(10, 10, 10)) == (2, 2)
+    assert cut_by_cost(config, config.model, 2, 1, LayerCosts(30, 10, 10)) == (1, 3)
+    assert stage_costs(LayerCosts(30, 10, 20), (1, 3)) == [40, 50]
+    tie = LayerCosts(10, 20, 30)  # (1, 2) and (2, 1) of three blocks: the slowest costs 50 or 70
+    three = pipe_config(1, "fp32", 2, kept_blocks=(0, 1, 3)).model
+    assert cut_by_cost(config, three, 2, 1, tie) == (2, 1)
+    even = LayerCosts(10, 20, 10)  # 50 and 30 or 30 and 50
+    for stage_of_1, expected in ((0, (2, 1)), (1, (1, 2))):
+        assert cut_by_cost(config, three, 2, 1, even, {0: 0, 1: stage_of_1, 3: 1}) == expected
+
+
+def test_costs_are_those_of_the_layers_and_measuring_touches_nothing():
+    config = pipe_config(1, "fp32", 1, hidden_size=128, num_heads=4, input_size=16)
+    before = torch.random.get_rng_state()
+    costs = measure_costs(config, config.model, 1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert costs.block > 2 * costs.head > 0 and costs.stem > 0 and costs.micro_batch == 2
+    tokens = 2 * 64 * 128 * 4  # bytes of one activation (N,T,D)
+    assert 10 * tokens < costs.activation_bytes < 40 * tokens

@@ -1,0 +1,132 @@
+"""Worker functions of test_pipeline.py: run on every rank by tests.ranks."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from entprune_ds.config import Config, config_from_dict
+from entprune_ds.diffusion.objective import FlowObjective
+from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh, train_step
+from entprune_ds.engine.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from entprune_ds.engine.resize import resize
+from entprune_ds.engine.view import gather_full
+from entprune_ds.run_state import saved_cut
+from tests.tiny import tiny_config, tiny_draws
+from tests.workers.resize import STEPS_AFTER, fill, gathered_ema, public_state
+
+
+def pipe_config(zero_stage: int, dtype: str, stages: int, **model: object) -> Config:
+    """The tiny config as a pipeline: micro-batches of 2 of a global batch of 8, clipping active in every step."""
+    config = tiny_config(zero_stage, dtype, **model)
+    train = replace(config.train, grad_clip=0.05, micro_batch_size=2)
+    return replace(config, train=train, parallel=replace(config.parallel, pipe_stages=stages))
+
+
+def train_steps(engine: Engine, config: Config, first: int, count: int) -> list[str]:
+    """Train some steps; returns the losses of this data-parallel rank as exact hexadecimal text."""
+    losses = []
+    for step in range(first, first + count):
+        draws = tiny_draws(config, step, engine.dp_rank, engine.dp_size)
+        micro_batches = draws.split(engine.ds.train_micro_batch_size_per_gpu()) if engine.reads_data else []
+        loss, _ = train_step(engine, micro_batches, FlowObjective().loss)
+        engine.update_ema(config.train.ema_decay)
+        losses.append(loss.item().hex())
+    return losses
+
+
+def save_state(engine: Engine, folder: str, name: str) -> None:
+    """Write the state of this stage, as DeepSpeed's public calls give it."""
+    state = public_state(engine)
+    Path(folder, name).mkdir(exist_ok=True)
+    if engine.dp_rank == 0:
+        save_file(state, Path(folder, name, f"stage_{engine.pipe_stage}.safetensors"))
+    dist.barrier()
+
+
+def load_state(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
+    """The state of all stages."""
+    files = sorted(Path(folder, name).glob("stage_*.safetensors"))
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def live(folder: str, zero_stage: int, dtype: str, cuts: list[list[int]], removals: list[list[int]]) -> dict:
+    """Train, write the state by public calls, resize with the next cut (several times), go on for 20 steps."""
+    config = pipe_config(zero_stage, dtype, len(cuts[0]))
+    engine = build_engine(config, config.model, tuple(cuts[0]))
+    initialize_fresh(engine, config.run.seed)
+    first, ema_kept = 0, True
+    for kept, cut in zip(removals, cuts[1:], strict=True):
+        train_steps(engine, config, first, 4)
+        first += 4
+        ema = gathered_ema(engine)
+        save_state(engine, folder, "before")
+        engine, _ = resize(engine, config, tuple(kept), tuple(cut))
+        after = gathered_ema(engine)
+        ema_kept &= all(torch.equal(ema[n], after[n]) for n in after) and engine.ema_count == 0
+    losses = train_steps(engine, config, first, STEPS_AFTER)
+    save_state(engine, folder, "live")
+    return {"losses": losses, "steps": first, "ema_kept": ema_kept, "held": sum(p.numel for p in engine.pieces)}
+
+
+def fresh(folder: str, zero_stage: int, dtype: str, cut: list[int], kept_blocks: list[int], steps: int,
+          mutations: list[str]) -> dict:  # fmt: skip
+    """Another launch: build the pruned depth with that cut, set its state, train 20 steps; once per mutation."""
+    config, losses = pipe_config(zero_stage, dtype, len(cut)), {}
+    for mutation in mutations:
+        engine = build_engine(config, replace(config.model, kept_blocks=tuple(kept_blocks)), tuple(cut))
+        fill(engine, load_state(folder, "before"), steps, mutation)
+        losses[mutation] = train_steps(engine, config, steps, STEPS_AFTER)
+        save_state(engine, folder, f"fresh_{mutation}")
+        destroy_engine(engine)
+    return losses
+
+
+def trained(folder: str, zero_stage: int, stages: int, steps: int) -> dict:
+    """Train with activation checkpointing; then take the pipeline apart ten times, with counts of what is alive."""
+    config = pipe_config(zero_stage, "fp32", stages, activation_checkpointing=True)
+    groups = len(dist.distributed_c10d._world.pg_map)
+    engine = build_engine(config, config.model)
+    initialize_fresh(engine, config.run.seed)
+    losses = train_steps(engine, config, 0, steps)
+    weights = {n: gather_full(engine, [n], "weight")[n].cpu() for n in engine.shapes}
+    if dist.get_rank() == 0:
+        save_file(weights, Path(folder, "weights.safetensors"))
+    counts, first_cut = [], engine.cut
+    for cycle in range(10):
+        cut = [(1, 3), (2, 2)][cycle % 2] if first_cut == (2, 2) else [(2, 2), first_cut][cycle % 2]
+        engine, _ = resize(engine, config, engine.kept_blocks, cut)
+        train_steps(engine, config, steps + cycle, 1)
+        counts.append(_alive())
+    destroy_engine(engine)
+    return {"losses": losses, "counts": counts, "left": len(dist.distributed_c10d._world.pg_map) - groups}
+
+
+def _alive() -> list[int]:
+    """Process groups, engines, pipeline modules and threads of this process, and hooks of the live modules."""
+    gc.collect()
+    names = [type(o).__name__ for o in gc.get_objects()]
+    modules = [o for o in gc.get_objects() if isinstance(o, torch.nn.Module)]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
+    kinds = [names.count(kind) for kind in ("PipelineEngine", "StagedDiT", "PipelineParallelGrid")]
+    return [len(dist.distributed_c10d._world.pg_map), *kinds, threading.active_count(), hooks]
+
+
+def carry(source: str, out: str, zero_stage: int, stages: int) -> list[int] | None:
+    """Load the checkpoint of a training on this topology and save it again; returns the cut."""
+    found = read_checkpoint(Path(source))
+    record = found.manifest["record"]
+    config = config_from_dict(record["config"])
+    parallel = replace(config.parallel, ds_config=f"zero{zero_stage}_fp32", zero_stage=None, pipe_stages=stages)
+    config = replace(config, parallel=parallel)
+    model = replace(config.model, kept_blocks=found.kept_blocks)
+    engine = build_engine(config, model, *saved_cut(config, found))
+    load_checkpoint(engine, found)
+    save_checkpoint(engine, Path(out), found.step, record)
+    return None if engine.cut is None else list(engine.cut)
