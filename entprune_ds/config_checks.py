@@ -63,6 +63,7 @@ def problems_of(config: Config) -> list[str]:
         one_of("parallel.zero_stage", config.parallel.zero_stage, (0, 1, 2, 3))
     found += _pruning_problems(config) if not found else []
 
+    one_of("resize.park", config.resize.park, ("host", "device"))
     one_of("sample.labels", config.sample.labels, ("uniform", "balanced"))
     positive("sample", config.sample, "num_steps", "num_samples", "batch_size", "grid")
     positive("evaluate", config.evaluate, "latency_repeats")

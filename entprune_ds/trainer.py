@@ -118,9 +118,9 @@ def prune_check(run: Run) -> None:
         return
     validate(run)
     sample_grid(run, f"check_{check}_before")
-    run.engine, seconds = resize(engine, config, decision.kept_blocks)
-    log.info("resized to depth %d in %.2f s, optimizer state kept", run.engine.depth, seconds)
-    run.monitor.log(run.step, {"prune/resize_seconds": seconds})
+    run.engine, report = resize(engine, config, decision.kept_blocks)
+    log.info("resized to depth %d in %.2f s, optimizer state kept", run.engine.depth, report.seconds)
+    run.monitor.log(run.step, report.metrics())
     validate(run)
     sample_grid(run, f"check_{check}_after")
     run.started = time.monotonic()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from entprune_ds import comm
-from entprune_ds.config import Config, ModelConfig
-from entprune_ds.engine.ds_config import full_ds_config
+from entprune_ds.config import Config, ModelConfig, TrainConfig
+from entprune_ds.engine.ds_config import full_ds_config, offloads
 from entprune_ds.engine.ema import ema_decay, new_ema, update_ema
 from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
 from entprune_ds.models.dit import DiT, initial_tensor
@@ -90,16 +90,22 @@ def build_engine(config: Config, model_config: ModelConfig) -> Engine:
         if model_config.compile:  # in place: the names of parameters stay, and equal blocks share one compiled code
             for block in model.blocks.values():
                 block.compile()
-        train = config.train
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
-            fused=comm.device().type == "cuda",
-        )  # fmt: skip
+        optimizer = build_optimizer(model, config.train, offloads(ds_config))
         ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     pieces = pieces_of(ds)
     shapes = {n: tuple(p.ds_shape if stage3 else p.shape) for n, p in ds.module.named_parameters()}
     layout = comm.all_gather_json([(p.name, p.start, p.stop) for p in pieces])
     return Engine(ds, model_config, optimizer, pieces, new_ema(pieces), layout, shapes=shapes)
+
+
+def build_optimizer(model: DiT, train: TrainConfig, offload: bool) -> torch.optim.Optimizer:
+    """Our own AdamW: fused on a GPU, DeepSpeed's vectorised one where the state lives in host memory."""
+    settings: dict[str, Any] = dict(lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay)
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(model.parameters(), **settings)
+    return torch.optim.AdamW(model.parameters(), fused=comm.device().type == "cuda", **settings)
 
 
 def initialize_fresh(engine: Engine, seed: int) -> None:
