@@ -64,6 +64,7 @@ def problems_of(config: Config) -> list[str]:
     positive("parallel", config.parallel, "pipe_stages")
     found += _pruning_problems(config) if not found else []
 
+    one_of("resize.park", config.resize.park, ("host", "device"))
     one_of("sample.labels", config.sample.labels, ("uniform", "balanced"))
     positive("sample", config.sample, "num_steps", "num_samples", "batch_size", "grid")
     positive("evaluate", config.evaluate, "latency_repeats")

@@ -165,6 +165,12 @@ class PruneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResizeConfig:
+    park: str = "host"
+    """Where the state waits while a resize rebuilds the engine: host (less GPU memory) or device (less time)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
     log_every: int = 10
     """Steps between logged training metrics."""
@@ -192,6 +198,8 @@ class Config:
     """DeepSpeed."""
     prune: PruneConfig = field(default_factory=PruneConfig)
     """What is removed, and when."""
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
+    """How a removal is carried out."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Sampling."""
     evaluate: EvalConfig = field(default_factory=EvalConfig)

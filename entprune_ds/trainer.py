@@ -143,11 +143,11 @@ def prune_check(run: Run) -> None:
     validate(run)
     sample_grid(run, f"check_{check}_before")
     place, dp_size = place_in_data(run), engine.dp_size
-    run.engine, seconds = resize(engine, config, decision.kept_blocks, decision.cut)
+    run.engine, report = resize(engine, config, decision.kept_blocks, decision.cut)
     if run.engine.dp_size != dp_size:  # the pipeline has shrunk
         resplit(run, place)
-    log.info("resized to depth %d in %.2f s, optimizer state kept", run.engine.depth, seconds)
-    run.monitor.log(run.step, {"prune/resize_seconds": seconds})
+    log.info("resized to depth %d in %.2f s, optimizer state kept", run.engine.depth, report.seconds)
+    run.monitor.log(run.step, report.metrics())
     validate(run)
     sample_grid(run, f"check_{check}_after")
     run.started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Compile DeepSpeed's shared-memory communication op now, so that no training run waits for it.
+"""Compile DeepSpeed's shared-memory communication op and its CPU Adam now, so that no training run waits for them.
 
 Part of the installation. A lock that a killed build left behind would stall every later load; nobody else
 builds in this environment's own cache while it is being installed, so such a lock is removed.
@@ -20,6 +20,7 @@ def main() -> None:
 
     if get_accelerator().device_name() == "cpu":
         get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    get_accelerator().create_op_builder("CPUAdamBuilder").load(verbose=False)
     print(f"operators ready in {os.environ['TORCH_EXTENSIONS_DIR']}")
 
 

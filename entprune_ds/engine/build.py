@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from dataclasses import dataclass, field, replace
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from entprune_ds import comm
-from entprune_ds.config import Config, ModelConfig
+from entprune_ds.config import Config, ModelConfig, TrainConfig
 from entprune_ds.engine.balance import Cut, LayerCosts, cut_by_cost, measure_costs
-from entprune_ds.engine.ds_config import full_ds_config, stages_at
+from entprune_ds.engine.ds_config import full_ds_config, offloads, stages_at
 from entprune_ds.engine.ema import ema_decay, new_ema, update_ema
 from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
 from entprune_ds.models.dit import DiT, initial_tensor
@@ -99,14 +101,13 @@ def build_engine(
 ) -> Engine:
     """Build the model at the depth of `model_config` and wrap it; weights are set by the caller. Collective.
 
-    The constructor values of torch are drawn under a forked RNG and overwritten, so building is inert.
-
     Args:
         cut: blocks per pipeline stage; None takes the best one by cost.
         costs: of the layers, when they are known; None measures them if there is no cut.
     """
     import deepspeed
 
+    forget_garbage_of_imports()
     model_config = replace(model_config, kept_blocks=model_config.blocks, weights="")
     stages = stages_at(config, comm.world_size(), len(model_config.blocks))
     if stages > 1 and cut is None:
@@ -122,11 +123,7 @@ def build_engine(
             for block in model.modules():
                 if isinstance(block, Block):
                     block.compile()
-        train = config.train
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
-            fused=comm.device().type == "cuda",
-        )  # fmt: skip
+        optimizer = build_optimizer(model, config.train, offloads(ds_config))
         ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     pieces, shapes = pieces_of(ds), parameter_shapes(model_config)
     layout = comm.all_gather_json([(p.name, p.start, p.stop) for p in pieces])
@@ -139,7 +136,7 @@ def _whole(model_config: ModelConfig, ds_config: dict[str, Any]) -> DiT:
 
     deepspeed.utils.groups.mpu = None  # where the grid of an earlier pipeline of this process stays
     stage3 = ds_config["zero_optimization"]["stage"] == 3
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
+    with NoInitialValues(), deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
         model = DiT(model_config)
     if stage3:  # zero.Init casts even the sinusoids to 16 bit, and leaves buffers where they are
         model.pos_embed = position_embedding(model_config.hidden_size, model.side).to(comm.device())
@@ -154,6 +151,35 @@ def _staged(model_config: ModelConfig, cut: Cut) -> torch.nn.Module:
 
     check_deepspeed_pipeline()
     return StagedDiT(model_config, cut)
+
+
+class NoInitialValues(TorchFunctionMode):
+    """Modules are built without drawing values that somebody is about to overwrite."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def forget_garbage_of_imports() -> None:
+    """Once, before the first engine: what exists now is never collected, so that a resize need not walk through it.
+
+    A collection after the imports of torch and DeepSpeed takes 0.3 s, longer than the rest of a small resize.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def build_optimizer(model: torch.nn.Module, train: TrainConfig, offload: bool) -> torch.optim.Optimizer:
+    """Our own AdamW: fused on a GPU, DeepSpeed's vectorised one where the state lives in host memory."""
+    settings: dict[str, Any] = dict(lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay)
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(model.parameters(), **settings)
+    return torch.optim.AdamW(model.parameters(), fused=comm.device().type == "cuda", **settings)
 
 
 def initialize_fresh(engine: Engine, seed: int) -> None:

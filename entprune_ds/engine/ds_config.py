@@ -71,13 +71,30 @@ def _unsupported(values: dict[str, Any], zero: dict[str, Any], stage: Any) -> st
         return 'uses the old name "bfloat16". Call it "bf16".'
     if type(stage) is not int or not 0 <= stage <= 3:
         return f"has the ZeRO stage {stage!r}. Give 0, 1, 2 or 3, or set parallel.zero_stage."
-    if stage == 0 and values.get("bf16", {}).get("enabled"):
-        return "enables bf16 with ZeRO stage 0; parallel.zero_stage 0 is supported in fp32 only. Choose 1, 2 or 3."
+    if stage == 0 and values.get("bf16", {}).get("enabled") and _accumulates_in_fp32(values):
+        return (
+            "accumulates bf16 gradients in fp32, which DeepSpeed cannot do at ZeRO stage 0. Remove "
+            "data_types.grad_accum_dtype (as zero0_bf16 does), or choose stage 1, 2 or 3."
+        )
     if values.get("fp16", {}).get("enabled"):
         return "enables fp16, which is not supported. Use bf16 or fp32."
-    if any(zero.get(key) for key in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_params")):
-        return "enables offload, which is not supported yet. Remove it."
+    if any(zero.get(key) for key in ("offload_param", "cpu_offload", "cpu_offload_params")):
+        return "offloads parameters, which is not supported. Keep offload_optimizer alone."
+    offload = zero.get("offload_optimizer")
+    if offload is not None and (not isinstance(offload, dict) or offload.get("device") not in ("cpu", "none")):
+        return 'must give `offload_optimizer` as {"device": "cpu"}; other places are not supported.'
+    if stage == 0 and offloads(values):
+        return "offloads the optimizer, which needs ZeRO stage 1, 2 or 3. Choose one, or remove offload_optimizer."
     return None
+
+
+def _accumulates_in_fp32(values: dict[str, Any]) -> bool:
+    return (values.get("data_types") or {}).get("grad_accum_dtype") in ("fp32", "float32", "float")
+
+
+def offloads(values: dict[str, Any]) -> bool:
+    """Whether fp32 weights and moments live in host memory, where DeepSpeed's CPU Adam steps them."""
+    return (values["zero_optimization"].get("offload_optimizer") or {}).get("device") == "cpu"
 
 
 def zero_stage(config: Config) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 KEYS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 TESTED_DEEPSPEED = "0.19.8"
 NEEDED = {  # private attributes per DeepSpeed optimizer that the functions below rely on
+    "FP16_UnfusedOptimizer": ("fp16_groups", "fp32_groups"),
     "DeepSpeedZeroOptimizer": (
         "single_partition_of_fp32_groups", "_lazy_init_hp_params_optimizer_state", "update_lp_params",
     ),
@@ -80,7 +81,11 @@ def pieces_of(ds_engine: Any) -> list[Piece]:
     if isinstance(zero, torch.optim.Optimizer):  # stage 0: the plain optimizer, everything on every rank
         return [Piece(n, 0, p.numel(), tuple(p.shape), p, 0) for n, p in named]
     check_deepspeed(zero)
-    if type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3":
+    kind = type(zero).__name__
+    if kind == "FP16_UnfusedOptimizer":  # stage 0 in 16 bit: an fp32 copy of every parameter on every rank
+        copies = dict(_copies(zero))
+        return [Piece(n, 0, p.numel(), tuple(p.shape), copies[p], 0) for n, p in named]
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
         return [piece for n, p in named if (piece := _stage3_piece(zero, n, p)) is not None]
     flats = (
         zero.fp32_groups_flat_partition
@@ -99,6 +104,12 @@ def pieces_of(ds_engine: Any) -> list[Piece]:
     return found
 
 
+def _copies(zero: Any) -> list[tuple[Tensor, Tensor]]:
+    """(parameter, its fp32 copy) of DeepSpeed's 16-bit wrapper."""
+    pairs = zip(zero.fp16_groups, zero.fp32_groups, strict=True)
+    return [pair for half, full in pairs for pair in zip(half, full, strict=True)]
+
+
 def _stage3_piece(zero: Any, name: str, parameter: Any) -> Piece | None:
     group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
     start = torch.distributed.get_rank(group=zero.dp_process_group) * count
@@ -114,11 +125,11 @@ def create_adam_state(ds_engine: Any, optimizer: torch.optim.Optimizer, step: in
     Without it DeepSpeed's setters fail, and a resized engine would redo Adam's bias correction.
     """
     flats = {id(p.flat): p.flat for p in pieces_of(ds_engine)}
-    fused = bool(optimizer.defaults.get("fused"))
     for flat in flats.values():
-        where = flat.device if fused else torch.device("cpu")
+        where = flat.device if optimizer.defaults.get("fused") else torch.device("cpu")
+        count = torch.tensor(float(step), dtype=torch.float32, device=where)
         optimizer.state[flat] = {
-            "step": torch.tensor(float(step), dtype=torch.float32, device=where),
+            "step": count if isinstance(optimizer, torch.optim.AdamW) else step,  # DeepSpeed's CPU Adam has an int
             "exp_avg": torch.zeros_like(flat, memory_format=torch.preserve_format).detach(),
             "exp_avg_sq": torch.zeros_like(flat, memory_format=torch.preserve_format).detach(),
         }
@@ -169,5 +180,8 @@ def push_weights(ds_engine: Any) -> None:
         for group in range(len(zero.fp32_partitioned_groups_flat)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         zero._post_step(set())
+    elif type(zero).__name__ == "FP16_UnfusedOptimizer":
+        for parameter, copy in _copies(zero):
+            parameter.data.copy_(copy)
     else:
         zero.update_lp_params()

@@ -1,8 +1,12 @@
-"""Moving named state between partitions: park it in host memory, exchange what lies elsewhere, cut out pieces."""
+"""Moving named state between partitions: park it, send what another rank will hold, write it into a new engine.
+
+No rank ever holds more than its old partition, its new partition and one parameter in flight: the old state is
+freed while it is parked, and what arrives is written at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,58 +15,104 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.engine.build import Engine
-from entprune_ds.engine.state import KEYS, Piece, state_tensor
+from entprune_ds.engine.state import KEYS, Piece, create_adam_state, push_weights, state_tensor
 
 Range = tuple[str, int, int]
+BYTES_PER_ELEMENT = 4 * len(KEYS)
 
 
 @dataclass(frozen=True)
 class ParkedPiece:
-    """Elements start..stop of one parameter in host memory: rows of `values` (4, numel) f32 follow KEYS."""
+    """Elements start..stop of one parameter outside any engine: one (numel,) f32 tensor for each of KEYS."""
 
     name: str
     start: int
     stop: int
-    values: Tensor
+    values: dict[str, Tensor]
+
+    def cut(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Views of the elements start..stop of the parameter."""
+        return {key: value[start - self.start : stop - self.start] for key, value in self.values.items()}
 
 
-def park(engine: Engine, names: Iterable[str]) -> list[ParkedPiece]:
-    """Copy this rank's state of the named parameters to host memory. Local."""
+def park(engine: Engine, names: Iterable[str], where: torch.device) -> list[ParkedPiece]:
+    """Take this rank's state of the named parameters out of an engine, which loses it. Local.
+
+    One key after the other is copied and its old buffers are freed, so that the peak is a quarter above the old
+    partition at most.
+    """
     wanted = set(names)
-    parked = []
-    for piece in engine.pieces:
-        if piece.name in wanted:
-            rows = [state_tensor(piece, key, engine.optimizer, engine.ema) for key in KEYS]
-            parked.append(ParkedPiece(piece.name, piece.start, piece.stop, torch.stack([r.cpu() for r in rows])))
+    parked = [ParkedPiece(p.name, p.start, p.stop, {}) for p in engine.pieces if p.name in wanted]
+    kept = [p for p in engine.pieces if p.name in wanted]
+    flats = {id(p.flat): p.flat for p in engine.pieces}.values()
+    for key in ("exp_avg", "exp_avg_sq", "ema", "weight"):
+        for piece, target in zip(kept, parked, strict=True):
+            old = state_tensor(piece, key, engine.optimizer, engine.ema)
+            target.values[key] = old.detach().to(where, copy=True)
+            if key == "ema":
+                del engine.ema[piece.name]
+        for flat in flats:
+            if key == "weight":
+                flat.data = flat.data.new_empty(0)
+            elif key != "ema":
+                del engine.optimizer.state[flat][key]
+    engine.ema.clear()
     return parked
 
 
-def exchange(parked: list[ParkedPiece], have: list[list[Range]], want: list[list[Range]]) -> list[ParkedPiece]:
-    """Send point to point what a rank wants and does not hold; everything else stays where it is. Collective.
+@torch.no_grad()
+def fill(engine: Engine, parked: list[ParkedPiece], have: list[list[Range]], step: int) -> int:
+    """Write parked state into a fresh engine, whoever holds it. Collective.
 
     Args:
         parked: what this rank holds.
-        have, want: per rank the (name, start, stop) lists, equal on all ranks.
+        have: per rank the (name, start, stop) list of what is parked there.
+        step: Adam step count behind the moments.
 
     Returns:
-        `parked` plus the received pieces.
+        Bytes that this rank has sent.
     """
-    me, held = comm.rank(), {p.name: p for p in parked}
-    received = []
-    for source, target, name, start, stop in _transfers(have, want):
-        if me == source:
-            piece = held[name]
-            part = piece.values[:, start - piece.start : stop - piece.start].contiguous()
-            dist.send(part.to(comm.device()), dst=target)
-        elif me == target:
+    create_adam_state(engine.ds, engine.optimizer, step)
+    held, mine = {p.name: p for p in parked}, {p.name: p for p in engine.pieces}
+    me, sent = comm.rank(), 0
+    for source, target, name, start, stop in transfers(have, engine.layout):
+        if source == target == me:
+            _write(engine, mine[name], start, held[name].cut(start, stop))
+        elif source == me:
+            part = torch.stack([held[name].cut(start, stop)[key] for key in KEYS]).to(comm.device())
+            dist.send(part, dst=target)
+            sent += part.nbytes
+        elif target == me:
             part = torch.empty(len(KEYS), stop - start, device=comm.device())
             dist.recv(part, src=source)
-            received.append(ParkedPiece(name, start, stop, part.cpu()))
-    return parked + received
+            _write(engine, mine[name], start, dict(zip(KEYS, part, strict=True)))
+    push_weights(engine.ds)
+    return sent
 
 
-def _transfers(have: list[list[Range]], want: list[list[Range]]) -> list[tuple[int, int, str, int, int]]:
-    """(source, target, name, start, stop) of every element that must travel, in one order for all ranks."""
+def _write(engine: Engine, piece: Piece, start: int, values: dict[str, Tensor]) -> None:
+    for key, value in values.items():
+        place = state_tensor(piece, key, engine.optimizer, engine.ema)
+        place[start - piece.start : start - piece.start + value.numel()].copy_(value)
+
+
+def missing_bytes(have: list[list[Range]], want: list[list[Range]]) -> int:
+    """Bytes of state that ranks want and do not hold themselves: what any method has to send."""
+    missing = 0
+    for old, new in zip(have, want, strict=True):
+        held = {name: (start, stop) for name, start, stop in old}
+        for name, start, stop in new:
+            low, high = held.get(name, (0, 0))
+            missing += stop - start - max(0, min(stop, high) - max(start, low))
+    return missing * BYTES_PER_ELEMENT
+
+
+def transfers(have: list[list[Range]], want: list[list[Range]]) -> list[tuple[int, int, str, int, int]]:
+    """(source, target, name, start, stop) of every wanted element, from the rank itself where it can; one order.
+
+    Raises:
+        ValueError: when no rank holds an element.
+    """
     holders: dict[str, list[tuple[int, int, int]]] = {}
     for rank, ranges in enumerate(have):
         for name, start, stop in ranges:
@@ -79,32 +129,9 @@ def _transfers(have: list[list[Range]], want: list[list[Range]]) -> list[tuple[i
                     if x >= y:
                         left.append((low, high))
                         continue
-                    if source != target:
-                        plan.append((source, target, name, x, y))
+                    plan.append((source, target, name, x, y))
                     left += [(low, x)] * (low < x) + [(y, high)] * (y < high)
                 missing = left
             if missing:
                 raise ValueError(f"no rank holds elements {missing} of `{name}`: the saved state is incomplete.")
     return sorted(plan, key=lambda p: (p[2], p[3], p[1], p[0]))
-
-
-def reader(parked: list[ParkedPiece]) -> Callable[[Piece], dict[str, Tensor]]:
-    """A `read` for state.write_state that cuts pieces out of parked ones."""
-    by_name: dict[str, list[ParkedPiece]] = {}
-    for piece in parked:
-        by_name.setdefault(piece.name, []).append(piece)
-
-    def read(piece: Piece) -> dict[str, Tensor]:
-        out = torch.full((len(KEYS), piece.numel), float("nan"))
-        covered = 0
-        for source in by_name[piece.name]:
-            low, high = max(piece.start, source.start), min(piece.stop, source.stop)
-            if low < high:
-                part = source.values[:, low - source.start : high - source.start]
-                out[:, low - piece.start : high - piece.start] = part
-                covered += high - low
-        if covered < piece.numel:
-            raise ValueError(f"only {covered} of {piece.numel} elements of `{piece.name}` are at hand.")
-        return dict(zip(KEYS, out, strict=True))
-
-    return read

@@ -32,7 +32,8 @@ def gather_full(engine: Engine, names: Sequence[str], key: str) -> dict[str, Ten
     parts = [state_tensor(p, key, engine.optimizer, engine.ema) for p in mine]
     ranges = [[r for r in ranges if r[0] in wanted] for ranges in engine.layout]
     if all(len(r) == len(wanted) and all(stop - start == math.prod(shapes[n]) for n, start, stop in r) for r in ranges):
-        return {p.name: part.view(p.shape).clone() for p, part in zip(mine, parts, strict=True)}  # stage 0, or one rank
+        full = {p.name: part.view(p.shape) for p, part in zip(mine, parts, strict=True)}  # stage 0, or one rank
+        return {n: t.to(comm.device(), copy=True) for n, t in full.items()}
     size = max(sum(stop - start for _, start, stop in r) for r in ranges)
     total = sum(math.prod(shapes[n]) for n in names)
     if size * comm.world_size() > 2 * total:  # few ranks hold it (ZeRO-1/2): adding shares moves less than gathering

@@ -12,12 +12,13 @@ from entprune_ds.config import Config
 from entprune_ds.diffusion.objective import FlowObjective
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh, train_step
 from entprune_ds.engine.resize import resize
-from entprune_ds.engine.state import create_adam_state, push_weights
+from entprune_ds.engine.state import KEYS, create_adam_state, push_weights
 from entprune_ds.engine.view import gather_full
+from entprune_ds.models.dit import DiT, initialize
 from entprune_ds.models.layers import position_embedding
 from tests.tiny import tiny_config, tiny_draws
 
-STEPS_AFTER = 20
+STEPS_BEFORE, STEPS_AFTER = 4, 20
 
 
 def train_steps(engine: Engine, config: Config, first: int, count: int) -> list[str]:
@@ -32,87 +33,138 @@ def train_steps(engine: Engine, config: Config, first: int, count: int) -> list[
 
 
 def public_state(engine: Engine) -> dict[str, torch.Tensor]:
-    """Weights and moments through DeepSpeed's public calls (at stage 0 its plain optimizer), not our state code."""
+    """Weights and moments through DeepSpeed's public calls (at stage 0, which has none, its optimizer) and the EMA."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     state = {}
-    for name, p in engine.ds.module.named_parameters():
-        if isinstance(engine.ds.optimizer, torch.optim.Optimizer):
-            values = [p.detach(), engine.optimizer.state[p]["exp_avg"], engine.optimizer.state[p]["exp_avg_sq"]]
+    for (name, p), plain in zip(engine.ds.module.named_parameters(), stage0_weights(engine), strict=True):
+        if plain is not None:
+            values = [
+                plain.detach(),
+                engine.optimizer.state[plain]["exp_avg"],
+                engine.optimizer.state[plain]["exp_avg_sq"],
+            ]
         else:
             moments = [safe_get_full_optimizer_state(p, k) for k in ("exp_avg", "exp_avg_sq")]
             values = [safe_get_full_fp32_param(p), *moments]
-        for key, value in zip(("weight", "exp_avg", "exp_avg_sq"), values, strict=True):
+        for key, value in zip(KEYS, values, strict=False):
             state[f"{key}/{name}"] = value.detach().float().cpu().clone().contiguous()
+        state[f"ema/{name}"] = gather_full(engine, [name], "ema")[name].cpu().clone()
     return state
 
 
-def gathered_ema(engine: Engine) -> dict[str, torch.Tensor]:
-    """Full EMA tensors, one parameter at a time."""
-    return {n: gather_full(engine, [n], "ema")[n].cpu().clone() for n in engine.shapes}
+def stage0_weights(engine: Engine) -> list:
+    """What the optimizer of stage 0 steps, in the order of the parameters; None for each at other stages."""
+    if int(engine.ds.zero_optimization_stage()) > 0:
+        return [None] * len(engine.shapes)
+    return [p for group in engine.optimizer.param_groups for p in group["params"]]
 
 
-def live(folder: str, zero_stage: int, dtype: str, removals: list[list[int]]) -> dict:
-    """Train, write the state by public calls, resize (several times), go on for 20 steps."""
+def live(folder: str, zero_stage: int, dtype: str, scenarios: dict[str, list[list[int]]]) -> dict:
+    """Per scenario: train, write the state by public calls, resize (several times), go on for 20 steps."""
+    return {name: live_once(f"{folder}/{name}", zero_stage, dtype, removals) for name, removals in scenarios.items()}
+
+
+def live_once(path: str, zero_stage: int, dtype: str, removals: list[list[int]]) -> dict:
     config = tiny_config(zero_stage, dtype)
     engine = build_engine(config, config.model)
     initialize_fresh(engine, config.run.seed)
-    first, ema_kept = 0, True
+    losses, traffic = [], []
     for kept in removals:
-        train_steps(engine, config, first, 4)
-        first += 4
-        before, ema = public_state(engine), gathered_ema(engine)
-        engine, _ = resize(engine, config, tuple(kept))
-        after = gathered_ema(engine)
-        ema_kept &= all(torch.equal(ema[n], after[n]) for n in after) and engine.ema_count == 0
+        losses += train_steps(engine, config, len(losses), STEPS_BEFORE)
+        before = public_state(engine)
+        engine, report = resize(engine, config, tuple(kept))
+        traffic.append([report.bytes_state, report.bytes_minimum])
     if comm.is_main():
-        save_file(before, f"{folder}/before.safetensors")
-    losses = train_steps(engine, config, first, STEPS_AFTER)
+        save_file(before, f"{path}_before.safetensors")
+    after = train_steps(engine, config, len(losses), STEPS_AFTER)
     state = public_state(engine)
     if comm.is_main():
-        save_file(state, f"{folder}/live.safetensors")
+        save_file(state, f"{path}_live.safetensors")
     held = sum(p.numel for p in engine.pieces)
     positions = position_embedding(config.model.hidden_size, engine.ds.module.side).to(engine.dtype)
     same = torch.equal(engine.ds.module.pos_embed.cpu().to(engine.dtype), positions)
-    return {"losses": losses, "steps": first, "ema_kept": ema_kept, "held": held, "positions": same}
+    destroy_engine(engine)
+    return {"before": losses, "after": after, "held": held, "positions": same, "traffic": traffic}
 
 
-def fresh(folder: str, zero_stage: int, dtype: str, kept_blocks: list[int], steps: int, mutations: list[str]) -> dict:
-    """Another launch: build the pruned depth directly, set its state, train 20 steps; once per mutation."""
+def fresh(
+    folder: str, zero_stage: int, dtype: str, scenarios: dict[str, list[list[int]]], mutations: list[str]
+) -> dict:
+    """Another launch: build the pruned depth directly, set its state, train 20 steps; the first with each mutation too."""
     config, losses = tiny_config(zero_stage, dtype), {}
-    for mutation in mutations:
-        engine = build_engine(config, replace(config.model, kept_blocks=tuple(kept_blocks)))
-        fill(engine, load_file(f"{folder}/before.safetensors"), steps, mutation)
-        losses[mutation] = train_steps(engine, config, steps, STEPS_AFTER)
+    runs = [(name, "none") for name in scenarios] + [(next(iter(scenarios)), m) for m in mutations]
+    for name, mutation in runs:
+        steps, kept = STEPS_BEFORE * len(scenarios[name]), tuple(scenarios[name][-1])
+        engine = build_engine(config, replace(config.model, kept_blocks=kept))
+        fill(engine, load_file(f"{folder}/{name}_before.safetensors"), steps, mutation)
+        losses[f"{name}_{mutation}"] = train_steps(engine, config, steps, STEPS_AFTER)
         state = public_state(engine)
         if comm.is_main():
-            save_file(state, f"{folder}/fresh_{mutation}.safetensors")
+            save_file(state, f"{folder}/{name}_{mutation}.safetensors")
         destroy_engine(engine)
     return losses
 
 
 def fill(engine: Engine, state: dict[str, torch.Tensor], steps: int, mutation: str) -> None:
-    """Set weights and moments by DeepSpeed's public calls, with one deliberate mistake for a mutation."""
+    """Set weights and moments by DeepSpeed's public calls, and the EMA; with one deliberate mistake for a mutation."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     create_adam_state(engine.ds, engine.optimizer, 0 if mutation == "forgotten_step" else steps)
     first_kept = engine.kept_blocks[0]
-    for name, p in engine.ds.module.named_parameters():
-        source, keys = name, ["weight", "exp_avg", "exp_avg_sq"]
+    for (name, p), plain in zip(engine.ds.module.named_parameters(), stage0_weights(engine), strict=True):
+        source, keys = name, KEYS[:3]
         if mutation == "swapped_moments" and name == f"blocks.{first_kept}.mlp.fc1.weight":
-            keys = ["weight", "exp_avg_sq", "exp_avg"]
+            keys = ("weight", "exp_avg_sq", "exp_avg")
         if mutation == "shifted_block" and name.startswith(f"blocks.{first_kept}."):
             source = name.replace(f"blocks.{first_kept}.", f"blocks.{first_kept + 1}.")
         values = [state[f"{key}/{source}"] for key in keys]
-        if isinstance(engine.ds.optimizer, torch.optim.Optimizer):
-            p.data.copy_(values[0])
-            engine.optimizer.state[p]["exp_avg"].copy_(values[1])
-            engine.optimizer.state[p]["exp_avg_sq"].copy_(values[2])
+        if plain is not None:
+            plain.data.copy_(values[0])
+            engine.optimizer.state[plain]["exp_avg"].copy_(values[1])
+            engine.optimizer.state[plain]["exp_avg_sq"].copy_(values[2])
         else:
             safe_set_full_fp32_param(p, values[0])
             safe_set_full_optimizer_state(p, values[1], "exp_avg")
             safe_set_full_optimizer_state(p, values[2], "exp_avg_sq")
+    ema = "weight" if mutation == "stale_ema" else "ema"
+    for piece in engine.pieces:
+        engine.ema[piece.name].copy_(state[f"{ema}/{piece.name}"].view(-1)[piece.start : piece.stop])
     push_weights(engine.ds)
+
+
+def reference(folder: str, scenarios: dict[str, list[list[int]]]) -> dict:
+    """One process, no DeepSpeed: DiT, torch AdamW, clipping and EMA, removing the same blocks at the same steps."""
+    losses = {}
+    for scenario, removals in scenarios.items():
+        config = tiny_config(0)
+        model = initialize(DiT(config.model), config.run.seed)
+        train = config.train
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+        )
+        ema = {n: p.detach().clone() for n, p in model.named_parameters()}
+        losses[scenario], count = [], 0
+        for step in range(STEPS_BEFORE * len(removals) + STEPS_AFTER):
+            if step and step % STEPS_BEFORE == 0 and step // STEPS_BEFORE <= len(removals):
+                for block in set(model.blocks) - {str(b) for b in removals[step // STEPS_BEFORE - 1]}:
+                    del model.blocks[block]
+                left = list(model.parameters())
+                optimizer.param_groups[0]["params"], count = left, 0
+            draws = tiny_draws(config, step, 0, 1)
+            loss = FlowObjective().loss(model(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay, count = min(train.ema_decay, (1 + count) / (10 + count)), count + 1
+            for name, p in model.named_parameters():
+                ema[name] += (1 - decay) * (p.detach() - ema[name])
+            losses[scenario].append(loss.item())
+        state = {f"weight/{n}": p.detach().clone() for n, p in model.named_parameters()}
+        state |= {f"ema/{n}": ema[n] for n, _ in model.named_parameters()}
+        save_file(state, f"{folder}/{scenario}.safetensors")
+    return losses
 
 
 def refusals(zero_stage: int) -> dict:

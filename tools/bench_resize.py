@@ -1,0 +1,198 @@
+"""What a live resize costs, against our own checkpoint + relaunch + load, on two ranks of this machine.
+
+A model of width 384 goes from 28 to 14 blocks in four removals. Both figures reach from the end of the last
+step before a removal to the end of the first step after it, without scoring: `resize` stays in its processes;
+`relaunch` saves a checkpoint, ends them, starts new ones and loads (warm caches, files not verified).
+
+  python tools/bench_resize.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+WORLD_SIZE = 2
+DEPTHS = (28, 24, 21, 17, 14)
+STEPS = 4
+"""Training steps at every depth; the first one after a removal belongs to the removal."""
+MODES = {"zero1": "zero1_fp32", "zero2": "zero2_fp32", "zero3": "zero3_fp32"}
+
+
+def kept_at(depth: int) -> tuple[int, ...]:
+    """Original indices that remain at a depth: blocks leave all over the model."""
+    kept = tuple(range(DEPTHS[0]))
+    for target in [d for d in DEPTHS if depth <= d < DEPTHS[0]]:
+        count = len(kept) - target
+        gone = {kept[(2 * i + 1) * len(kept) // (2 * count)] for i in range(count)}
+        kept = tuple(b for b in kept if b not in gone)
+    return kept
+
+
+def bench_config(mode: str, width: int) -> Any:
+    """64 tokens, micro-batch 8 on each of two ranks, fp32."""
+    from entprune_ds.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+
+    model = ModelConfig(depth=DEPTHS[0], hidden_size=width, num_heads=6, input_size=16, patch_size=2)
+    return Config(
+        model=model, data=DataConfig(num_readers=WORLD_SIZE), train=TrainConfig(global_batch_size=8 * WORLD_SIZE),
+        parallel=ParallelConfig(ds_config=MODES[mode]),
+    )  # fmt: skip
+
+
+def steps_of(engine: Any, config: Any, count: int) -> list[float]:
+    """Train some steps on random data; the wall-clock times at which they ended on the slowest rank."""
+    from entprune_ds import comm
+    from entprune_ds.diffusion.objective import build_objective
+    from entprune_ds.engine.build import train_step
+
+    model, objective = config.model, build_objective(config.model, config.diffusion)
+    generator, ends = torch.Generator().manual_seed(comm.rank()), []
+    for step in range(count):
+        latents = torch.randn(8, model.in_channels, model.input_size, model.input_size, generator=generator)
+        draws = objective.make_draws(latents, torch.arange(8), range(8), seed=0, purpose="bench", step=step)
+        train_step(engine, [draws], objective.loss)
+        engine.update_ema(config.train.ema_decay)
+        comm.barrier()
+        ends.append(time.time())
+    return ends
+
+
+def live(mode: str, width: int, folder: Path) -> dict[str, Any]:
+    """One job that goes through all removals."""
+    from entprune_ds.engine.build import build_engine, initialize_fresh
+    from entprune_ds.engine.resize import resize
+
+    config = bench_config(mode, width)
+    engine = build_engine(config, config.model)
+    initialize_fresh(engine, seed=0)
+    ends, seconds, reports, steps = steps_of(engine, config, STEPS), [], [], []
+    for depth in DEPTHS[1:]:
+        before = ends[-1]
+        engine, report = resize(engine, config, kept_at(depth))
+        ends = steps_of(engine, config, STEPS)
+        seconds.append(ends[0] - before)
+        steps += [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        reports.append(report)
+    return {
+        "resize_seconds": seconds, "step_seconds": steps, "parts": [vars(r) for r in reports],
+        "bytes_state": [r.bytes_state for r in reports], "bytes_minimum": [r.bytes_minimum for r in reports],
+    }  # fmt: skip
+
+
+def relaunched(mode: str, width: int, folder: Path, index: int) -> dict[str, Any]:
+    """The job at DEPTHS[index]: loads what the one before has left, trains, and saves for the one after it."""
+    from entprune_ds.engine.build import build_engine, initialize_fresh
+    from entprune_ds.engine.checkpoint import range_reader, read_checkpoint, save_checkpoint
+    from entprune_ds.engine.state import write_state
+
+    config = bench_config(mode, width)
+    engine = build_engine(config, replace(config.model, kept_blocks=kept_at(DEPTHS[index])))
+    if index:
+        found = read_checkpoint(folder / f"step_{index - 1:08d}")
+        read = range_reader(found)
+        write_state(
+            engine.ds,
+            engine.optimizer,
+            engine.ema,
+            found.manifest["adam_step"],
+            lambda p: read(p.name, p.start, p.stop),
+        )
+    else:
+        initialize_fresh(engine, seed=0)
+    ends = steps_of(engine, config, STEPS)
+    save_checkpoint(engine, folder, index, {})
+    return {"first": ends[0], "last": ends[-1]}
+
+
+def job(arguments: list[str], threads: int) -> dict[str, Any]:
+    """Run this file on all ranks; what rank 0 returned."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for rank in range(WORLD_SIZE):
+            env = os.environ | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "MASTER_PORT": str(port),
+                "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT),
+            }  # fmt: skip
+            command = [sys.executable, __file__, "--result", f"{scratch}/result", *arguments]
+            with open(f"{scratch}/log_{rank}", "w") as log:
+                processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        codes = [p.wait(600) for p in processes]
+        if any(codes):
+            raise RuntimeError("\n".join(Path(f"{scratch}/log_{r}").read_text()[-3000:] for r in range(WORLD_SIZE)))
+        return json.loads(Path(f"{scratch}/result").read_text())
+
+
+def worker(options: argparse.Namespace) -> None:
+    """One rank of a job."""
+    from entprune_ds import comm
+
+    comm.init(timeout_seconds=300)
+    folder = Path(options.folder)
+    if options.index is None:
+        result = live(options.modes[0], options.width, folder)
+    else:
+        result = relaunched(options.modes[0], options.width, folder, options.index)
+    if comm.is_main():
+        Path(options.result).write_text(json.dumps(result))
+    os._exit(0)  # as fast as a relaunch can be: nothing is taken apart
+
+
+def measure(mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Both ways through the four removals; medians."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--modes", mode, "--width", str(options.width), "--folder", folder]
+        found = job(words, options.threads)
+        jobs = [job([*words, "--index", str(i)], options.threads) for i in range(len(DEPTHS))]
+    relaunch = statistics.median(b["first"] - a["last"] for a, b in zip(jobs, jobs[1:], strict=False))
+    seconds, step = statistics.median(found["resize_seconds"]), statistics.median(found["step_seconds"])
+    if options.parts:
+        print(json.dumps(found), file=sys.stderr)
+    return {
+        "mode": mode, "resize_seconds": seconds, "relaunch_seconds": relaunch, "step_seconds": step,
+        "relaunch_over_resize": relaunch / seconds, "resize_in_steps": seconds / step,
+        "bytes_state": sum(found["bytes_state"]), "bytes_minimum": sum(found["bytes_minimum"]),
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="what to measure")
+    parser.add_argument("--width", type=int, default=384, help="width of the model")
+    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 1) // WORLD_SIZE), help="per rank")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    parser.add_argument("--parts", action="store_true", help="every removal, on standard error")
+    for hidden in ("--result", "--folder"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.result:
+        worker(options)
+    rows = [measure(mode, options) for mode in options.modes]
+    if options.json:
+        print(json.dumps(rows))
+    else:
+        for row in rows:
+            print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
