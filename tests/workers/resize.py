@@ -32,11 +32,16 @@ def train_steps(engine: Engine, config: Config, first: int, count: int) -> list[
     return losses
 
 
+def gathered_ema(engine: Engine) -> dict[str, torch.Tensor]:
+    """Full EMA tensors, one parameter at a time. Collective."""
+    return {n: gather_full(engine, [n], "ema")[n].cpu().clone() for n in engine.shapes}
+
+
 def public_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Weights and moments through DeepSpeed's public calls (at stage 0, which has none, its optimizer) and the EMA."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    state = {}
+    state, ema = {}, gathered_ema(engine)  # on a pipeline the other stages' tensors too: all ranks call alike
     for (name, p), plain in zip(engine.ds.module.named_parameters(), stage0_weights(engine), strict=True):
         if plain is not None:
             values = [
@@ -49,14 +54,14 @@ def public_state(engine: Engine) -> dict[str, torch.Tensor]:
             values = [safe_get_full_fp32_param(p), *moments]
         for key, value in zip(KEYS, values, strict=False):
             state[f"{key}/{name}"] = value.detach().float().cpu().clone().contiguous()
-        state[f"ema/{name}"] = gather_full(engine, [name], "ema")[name].cpu().clone()
+        state[f"ema/{name}"] = ema[name]
     return state
 
 
 def stage0_weights(engine: Engine) -> list:
     """What the optimizer of stage 0 steps, in the order of the parameters; None for each at other stages."""
     if int(engine.ds.zero_optimization_stage()) > 0:
-        return [None] * len(engine.shapes)
+        return [None for _ in engine.ds.module.parameters()]
     return [p for group in engine.optimizer.param_groups for p in group["params"]]
 
 
@@ -91,7 +96,7 @@ def live_once(path: str, zero_stage: int, dtype: str, removals: list[list[int]])
 def fresh(
     folder: str, zero_stage: int, dtype: str, scenarios: dict[str, list[list[int]]], mutations: list[str]
 ) -> dict:
-    """Another launch: build the pruned depth directly, set its state, train 20 steps; the first with each mutation too."""
+    """Another launch: build the pruned depth directly, set its state, train 20 steps; the first one mutated too."""
     config, losses = tiny_config(zero_stage, dtype), {}
     runs = [(name, "none") for name in scenarios] + [(next(iter(scenarios)), m) for m in mutations]
     for name, mutation in runs:
