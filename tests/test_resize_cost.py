@@ -20,7 +20,7 @@ def test_ten_resizes_in_one_process_leave_nothing_behind(ds_config):
         "tests.workers.resize_cost:ten_resizes", 2, timeout=500, zero_stage=int(ds_config[4]), dtype=ds_config[6:]
     ):
         memory = [cycle.pop("rss") for cycle in ranks]
-        assert ranks[0]["engines"] == ranks[0]["models"] == 1
+        assert (ranks[0]["engines"], ranks[0]["models"], ranks[0]["old_parameters"]) == (1, 1, 0)
         assert ranks == [ranks[0]] * 10
         assert memory[9] <= memory[2] * 1.01**7, memory
 
@@ -28,7 +28,7 @@ def test_ten_resizes_in_one_process_leave_nothing_behind(ds_config):
 @pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=FULL), pytest.param(2, marks=FULL), 3])
 def test_no_tensor_is_larger_than_a_partition_or_a_block(tmp_path, zero_stage):
     """A bucket of gradients is a setting and is made small here. ZeRO-1/2 replicate the forward weights by definition:
-    their one flat tensor is the model itself, and is what the resize may show; nothing else may."""
+    their one flat tensor is the model itself, and is what writing weights may show; scoring and saving may not."""
     buckets = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
     if zero_stage == 3:
         buckets = {"reduce_bucket_size": 10_000, "stage3_prefetch_bucket_size": 10_000}
@@ -37,8 +37,10 @@ def test_no_tensor_is_larger_than_a_partition_or_a_block(tmp_path, zero_stage):
     for result in run_ranks(
         "tests.workers.resize_cost:largest", 4, zero_stage=zero_stage, ds_config=str(path), folder=str(tmp_path / "c")
     ):
-        limit = max(result["partition"] + 64, result["block"])  # 64: padding of a partition
+        limit = max(result["partition"], result["block"]) + 64  # padding of a partition
         assert limit < 0.4 * result["whole"]
         for what, (numel, where) in result["found"].items():
-            allowed = result["whole"] + 64 if what == "resize" and zero_stage < 3 else limit
+            allowed = max(limit, result["old"] + 64) if what == "resize" else limit
+            if zero_stage < 3 and what in ("resize", "load"):
+                allowed = result["whole"] + 64
             assert numel <= allowed, (what, numel, where, result)

@@ -104,13 +104,8 @@ def relaunched(mode: str, width: int, folder: Path, index: int) -> dict[str, Any
     if index:
         found = read_checkpoint(folder / f"step_{index - 1:08d}")
         read = range_reader(found)
-        write_state(
-            engine.ds,
-            engine.optimizer,
-            engine.ema,
-            found.manifest["adam_step"],
-            lambda p: read(p.name, p.start, p.stop),
-        )
+        step = found.manifest["adam_step"]
+        write_state(engine.ds, engine.optimizer, engine.ema, step, lambda p: read(p.name, p.start, p.stop))
     else:
         initialize_fresh(engine, seed=0)
     ends = steps_of(engine, config, STEPS)

@@ -206,20 +206,19 @@ def destroy_engine(engine: Engine) -> None:
         from entprune_ds.engine.pipeline import release_pipeline
 
         release_pipeline(ds)
-    for submodule in module.modules():
-        for hooks in (
-            submodule._forward_hooks, submodule._forward_pre_hooks, submodule._backward_hooks,
-            submodule._backward_pre_hooks,
-        ):  # fmt: skip
-            hooks.clear()
     engine.optimizer.state.clear()
     engine.optimizer.param_groups.clear()
     engine.pieces.clear()
     engine.ema.clear()
-    for parameter in module.parameters():
-        parameter.grad = None
     engine.ds = None
-    del ds, module
+    parts = [*module.parameters(), *module.modules()]
+    if offload := vars(ds.optimizer).get("parameter_offload"):  # ZeRO-3; its coordinator remembers who came when
+        parts += [offload, offload.get_param_coordinator()]
+    for part in [*parts, ds.optimizer]:  # hooks, and at ZeRO-3 cycles that no collection sees through
+        if isinstance(part, torch.nn.Parameter):
+            part.grad = None
+        vars(part).clear()
+    del ds, module, part, parts, offload
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

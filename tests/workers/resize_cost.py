@@ -49,6 +49,7 @@ def alive(engine) -> dict:
     hooks = (root._forward_hooks, root._forward_pre_hooks, root._backward_hooks, root._backward_pre_hooks)
     return {
         "engines": sum(isinstance(o, DeepSpeedEngine) for o in objects),
+        "old_parameters": sum(isinstance(o, torch.nn.Parameter) for o in objects) - len(engine.shapes),
         "models": sum(isinstance(o, DiT) for o in objects),
         "root_hooks": sum(len(h) for h in hooks),
         "groups": len(dist.distributed_c10d._world.pg_map),
@@ -83,9 +84,9 @@ def largest(zero_stage: int, ds_config: str, folder: str) -> dict:
     engine = build_engine(config, config.model)
     initialize_fresh(engine, 0)
     train_steps(engine, config, 0, 1)
-    found = {}
+    found, before = {}, engine.layout
     with Largest() as seen:
-        engine, report = resize(engine, config, engine.kept_blocks[2:])
+        engine, _ = resize(engine, config, engine.kept_blocks[2:])
     found["resize"] = [seen.numel, seen.where]
     whole = sum(torch.Size(s).numel() for s in engine.shapes.values())
     first = engine.kept_blocks[0]
@@ -96,7 +97,9 @@ def largest(zero_stage: int, ds_config: str, folder: str) -> dict:
     found["score"] = [seen.numel, seen.where]
     with Largest() as seen:
         path = save_checkpoint(engine, Path(folder), 1, {})
+    found["save"] = [seen.numel, seen.where]
+    with Largest() as seen:
         load_checkpoint(engine, read_checkpoint(path))
-    found["checkpoint"] = [seen.numel, seen.where]
-    partition = max(sum(stop - start for _, start, stop in ranges) for ranges in engine.layout)
-    return {"found": found, "whole": whole, "block": block, "partition": partition, "sent": report.bytes_state}
+    found["load"] = [seen.numel, seen.where]
+    partition, old = (max(sum(r[2] - r[1] for r in ranges) for ranges in side) for side in (engine.layout, before))
+    return {"found": found, "whole": whole, "block": block, "partition": partition, "old": old}
