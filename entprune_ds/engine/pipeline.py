@@ -118,7 +118,7 @@ class StagedDiT(PipelineModule):
 
         Token T is the conditioning c (N,D).
         """
-        x, c = self.part.embed(*inputs) if self.is_first else (inputs[:, :-1], inputs[:, -1])
+        x, c = self.part.embed(*inputs) if self.is_first else (inputs[:, :-1].contiguous(), inputs[:, -1])
         x = self.part.run_blocks(x, c)
         return self.part.head(x, c) if self.is_last else torch.cat([x, c.unsqueeze(1)], dim=1)
 
