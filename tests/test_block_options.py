@@ -37,3 +37,11 @@ def test_compiled_blocks_agree_and_survive_a_resize_without_compiling_again(zero
     assert after == before
     assert compiled["names"] == plain["names"]
     assert numbers(compiled["losses"]) == pytest.approx(numbers(plain["losses"]), rel=1e-4)
+
+
+@FULL
+def test_compiled_blocks_agree_on_a_pipeline_that_is_resized():
+    plain, compiled = (run_ranks("tests.workers.pipeline:options", 2, compile=on) for on in (False, True))
+    for rank in range(2):
+        assert compiled[rank]["graphs"][0] >= 1 and plain[rank]["graphs"] == [0, 0]
+        assert numbers(compiled[rank]["losses"]) == pytest.approx(numbers(plain[rank]["losses"]), rel=1e-4)

@@ -134,7 +134,7 @@ def _whole(model_config: ModelConfig, ds_config: dict[str, Any]) -> DiT:
     """The whole model on every rank, or at ZeRO-3 partitioned while it is made."""
     import deepspeed
 
-    deepspeed.utils.groups.mpu = None  # where the grid of an earlier pipeline of this process stays
+    deepspeed.utils.groups.mpu = None  # an earlier training in this process leaves the grid of its pipeline
     stage3 = ds_config["zero_optimization"]["stage"] == 3
     with NoInitialValues(), deepspeed.zero.Init(config_dict_or_path=ds_config, enabled=stage3):
         model = DiT(model_config)

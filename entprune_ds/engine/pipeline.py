@@ -22,6 +22,7 @@ from deepspeed.runtime.pipe import module as ds_module
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import groups as ds_groups
 from torch import Tensor, nn
 
 from entprune_ds import comm
@@ -38,6 +39,7 @@ NEEDED: dict[Any, tuple[str, ...]] = {
     ds_module.PipelineParallelGrid: ("get_stage_id", "get_data_parallel_id", "get_model_parallel_group"),
     PipelineEngine: ("train_batch", "_aggregate_total_loss", "set_dataiterator"),
     p2p: ("_grid", "_groups"),
+    ds_groups: ("mpu",),
 }
 
 
@@ -118,7 +120,7 @@ class StagedDiT(PipelineModule):
 
         Token T is the conditioning c (N,D).
         """
-        x, c = self.part.embed(*inputs) if self.is_first else (inputs[:, :-1], inputs[:, -1])
+        x, c = self.part.embed(*inputs) if self.is_first else (inputs[:, :-1].contiguous(), inputs[:, -1])
         x = self.part.run_blocks(x, c)
         return self.part.head(x, c) if self.is_last else torch.cat([x, c.unsqueeze(1)], dim=1)
 
@@ -147,7 +149,7 @@ def release_pipeline(ds: Any) -> None:
     module.loss_fn = None
     ds.pipe_buffers.clear()
     ds.reset_activation_shape()
-    p2p._grid = p2p._groups = None
+    p2p._grid = p2p._groups = ds_groups.mpu = None
     gc.collect()
     comm.barrier()  # nobody is still inside one of them
     for group in [module.world_group, *(getattr(grid, name) for name in GROUPS)]:

@@ -105,7 +105,8 @@ def trained(folder: str, zero_stage: int, stages: int, steps: int) -> dict:
         train_steps(engine, config, steps + cycle, 1)
         counts.append(_alive())
     destroy_engine(engine)
-    return {"losses": losses, "counts": counts, "left": len(dist.distributed_c10d._world.pg_map) - groups}
+    del engine
+    return {"losses": losses, "counts": counts, "groups": groups, "left": _alive()}
 
 
 def _alive() -> list[int]:
@@ -130,3 +131,17 @@ def carry(source: str, out: str, zero_stage: int, stages: int) -> list[int] | No
     load_checkpoint(engine, found)
     save_checkpoint(engine, Path(out), found.step, record)
     return None if engine.cut is None else list(engine.cut)
+
+
+def options(**model: bool) -> dict:
+    """Losses around a resize with options of the blocks switched on, and the numbers of compiled graphs."""
+    from torch._dynamo.utils import counters
+
+    config = pipe_config(1, "fp32", 2, **model)
+    engine = build_engine(config, config.model, (2, 2))
+    initialize_fresh(engine, config.run.seed)
+    losses = train_steps(engine, config, 0, 3)
+    graphs = [counters["stats"]["unique_graphs"]]
+    engine, _ = resize(engine, config, (0, 2, 3))
+    losses += train_steps(engine, config, 3, 3)
+    return {"losses": losses, "graphs": [*graphs, counters["stats"]["unique_graphs"]]}
