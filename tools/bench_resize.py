@@ -10,6 +10,7 @@ step before a removal to the end of the first step after it, without scoring: `r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -29,7 +30,12 @@ WORLD_SIZE = 2
 DEPTHS = (28, 24, 21, 17, 14)
 STEPS = 4
 """Training steps at every depth; the first one after a removal belongs to the removal."""
-MODES = {"zero1": "zero1_fp32", "zero2": "zero2_fp32", "zero3": "zero3_fp32"}
+MODES: dict[str, dict[str, Any]] = {
+    "zero1": {"ds_config": "zero1_fp32"},
+    "zero2": {"ds_config": "zero2_fp32"},
+    "zero3": {"ds_config": "zero3_fp32"},
+    "pipeline": {"ds_config": "zero1_fp32", "pipe_stages": WORLD_SIZE},
+}
 
 
 def kept_at(depth: int) -> tuple[int, ...]:
@@ -43,14 +49,13 @@ def kept_at(depth: int) -> tuple[int, ...]:
 
 
 def bench_config(mode: str, width: int) -> Any:
-    """64 tokens, micro-batch 8 on each of two ranks, fp32."""
+    """64 tokens, micro-batch 8 on every data-parallel rank, fp32."""
     from entprune_ds.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 
     model = ModelConfig(depth=DEPTHS[0], hidden_size=width, num_heads=6, input_size=16, patch_size=2)
-    return Config(
-        model=model, data=DataConfig(num_readers=WORLD_SIZE), train=TrainConfig(global_batch_size=8 * WORLD_SIZE),
-        parallel=ParallelConfig(ds_config=MODES[mode]),
-    )  # fmt: skip
+    parallel = ParallelConfig(**MODES[mode])
+    train = TrainConfig(global_batch_size=8 * WORLD_SIZE // parallel.pipe_stages)
+    return Config(model=model, data=DataConfig(num_readers=WORLD_SIZE), train=train, parallel=parallel)
 
 
 def steps_of(engine: Any, config: Any, count: int) -> list[float]:
@@ -60,7 +65,7 @@ def steps_of(engine: Any, config: Any, count: int) -> list[float]:
     from entprune_ds.engine.build import train_step
 
     model, objective = config.model, build_objective(config.model, config.diffusion)
-    generator, ends = torch.Generator().manual_seed(comm.rank()), []
+    generator, ends = torch.Generator().manual_seed(engine.dp_rank), []
     for step in range(count):
         latents = torch.randn(8, model.in_channels, model.input_size, model.input_size, generator=generator)
         draws = objective.make_draws(latents, torch.arange(8), range(8), seed=0, purpose="bench", step=step)
@@ -72,21 +77,25 @@ def steps_of(engine: Any, config: Any, count: int) -> list[float]:
 
 
 def live(mode: str, width: int, folder: Path) -> dict[str, Any]:
-    """One job that goes through all removals."""
+    """One job that goes through all removals; leaves the cuts of its pipeline for the jobs of the other way."""
+    from entprune_ds import comm
     from entprune_ds.engine.build import build_engine, initialize_fresh
     from entprune_ds.engine.resize import resize
 
     config = bench_config(mode, width)
     engine = build_engine(config, config.model)
     initialize_fresh(engine, seed=0)
-    ends, seconds, reports, steps = steps_of(engine, config, STEPS), [], [], []
+    ends, seconds, reports, steps, cuts = steps_of(engine, config, STEPS), [], [], [], [engine.cut]
     for depth in DEPTHS[1:]:
         before = ends[-1]
         engine, report = resize(engine, config, kept_at(depth))
         ends = steps_of(engine, config, STEPS)
         seconds.append(ends[0] - before)
-        steps += [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        steps += [b - a for a, b in itertools.pairwise(ends)]
         reports.append(report)
+        cuts.append(engine.cut)
+    if comm.is_main():
+        (folder / "cuts.json").write_text(json.dumps(cuts))
     return {
         "resize_seconds": seconds, "step_seconds": steps, "parts": [vars(r) for r in reports],
         "bytes_state": [r.bytes_state for r in reports], "bytes_minimum": [r.bytes_minimum for r in reports],
@@ -100,7 +109,8 @@ def relaunched(mode: str, width: int, folder: Path, index: int) -> dict[str, Any
     from entprune_ds.engine.state import write_state
 
     config = bench_config(mode, width)
-    engine = build_engine(config, replace(config.model, kept_blocks=kept_at(DEPTHS[index])))
+    cut = json.loads((folder / "cuts.json").read_text())[index]  # as decisions record it: nothing is measured again
+    engine = build_engine(config, replace(config.model, kept_blocks=kept_at(DEPTHS[index])), cut and tuple(cut))
     if index:
         found = read_checkpoint(folder / f"step_{index - 1:08d}")
         read = range_reader(found)
@@ -155,7 +165,7 @@ def measure(mode: str, options: argparse.Namespace) -> dict[str, Any]:
         words = ["--modes", mode, "--width", str(options.width), "--folder", folder]
         found = job(words, options.threads)
         jobs = [job([*words, "--index", str(i)], options.threads) for i in range(len(DEPTHS))]
-    relaunch = statistics.median(b["first"] - a["last"] for a, b in zip(jobs, jobs[1:], strict=False))
+    relaunch = statistics.median(b["first"] - a["last"] for a, b in itertools.pairwise(jobs))
     seconds, step = statistics.median(found["resize_seconds"]), statistics.median(found["step_seconds"])
     if options.parts:
         print(json.dumps(found), file=sys.stderr)
