@@ -43,5 +43,5 @@ setup(
             "torchdiffeq>=0.2.4",  # what dopri5 is compared with
         ],
     },
-    entry_points={"console_scripts": ["entprune-ds=entprune_ds.cli.main:main"]},
+    entry_points={"console_scripts": ["entprune-ds=entprune_ds.cli.main:run"]},
 )

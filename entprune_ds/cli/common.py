@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import atexit
+import contextlib
 import dataclasses
 import inspect
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from entprune_ds import config_data, config_sampling, config_schema
 from entprune_ds.config import PRESETS, Config, ConfigError, load_config
@@ -23,6 +25,19 @@ Presets: {presets}.
 def wants_help(words: list[str]) -> bool:
     """Whether --help or -h is among the words."""
     return bool({"-h", "--help"} & set(words))
+
+
+def leave(status: int) -> NoReturn:
+    """End this process now that its work is done, exit handlers included, but without the interpreter's finalisation.
+
+    DeepSpeed keeps references to process groups that are destroyed, so their threads outlive them; now and then one
+    aborts a rank in finalisation ("terminate called without an active exception"), and the job with it.
+    """
+    atexit._run_exitfuncs()
+    with contextlib.suppress(BrokenPipeError):  # whoever read has left
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def launched_words(argv: list[str] | None) -> tuple[list[str], bool]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entprune_ds.cli.common import help_text, launched_words, refuse, split_shortcuts, wants_help
+from entprune_ds.cli.common import help_text, launched_words, leave, refuse, split_shortcuts, wants_help
 from entprune_ds.config import Config, ConfigError, load_config
 from entprune_ds.config_checks import image_problems
 
@@ -150,4 +149,4 @@ def class_names(index: Index) -> tuple[str, ...] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,6 +6,8 @@ import importlib
 import keyword
 import sys
 
+from entprune_ds.cli.common import leave
+
 COMMANDS = {
     "shards": "write a data set as WebDataset shards",
     "encode": "turn shards of pixels into latents of a VAE (one process; use the deepspeed launcher for several)",
@@ -35,5 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     return importlib.import_module(f"entprune_ds.cli.{module}").main(words[1:])
 
 
+def run() -> None:
+    """The installed command."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

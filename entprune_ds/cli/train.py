@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
-from entprune_ds.cli.common import help_text, launched_words, refuse, wants_help
+from entprune_ds.cli.common import help_text, launched_words, leave, refuse, wants_help
 from entprune_ds.config import Config, ConfigError, load_config, to_yaml
 from entprune_ds.redact import redacted
 
@@ -106,4 +105,4 @@ def _weights_line(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
