@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from entprune_ds.config_schema import Config, ModelConfig
@@ -180,6 +181,14 @@ def _pruning_problems(config: Config) -> list[str]:
         num_checks=1, calibration_draws=2, calibration_batch=1, ntk_samples=2, ntk_repeats=1,
         zico_batches=2, zico_batch_size=1, max_blocks_per_check=1,
     )  # fmt: skip
+    if prune.rollback and not re.fullmatch(r"step_\d+", prune.rollback):
+        found.append(f"`prune.rollback` must name a checkpoint, such as step_400, got {prune.rollback}.")
+    if prune.regrow_micro_batch and config.train.micro_batch_size is None:
+        message = "`prune.regrow_micro_batch` needs `train.micro_batch_size`: without it a whole batch is one "
+        found.append(message + "micro-batch already. Set it, or switch regrowing off.")
+    if prune.regrow_micro_batch and config.parallel.pipe_stages > 1:
+        message = "`prune.regrow_micro_batch` needs parallel.pipe_stages=1: a pipeline idles longer with fewer "
+        found.append(message + "micro-batches. Switch it off, or train without a pipeline.")
     for key, least in minima.items():
         got = getattr(prune, key)
         if got is not None and got < least:

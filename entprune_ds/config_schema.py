@@ -162,6 +162,10 @@ class PruneConfig:
     """Precision of the scoring passes: float32 or float64."""
     score_only: bool = False
     """Run every check and record its decision, but remove nothing."""
+    regrow_micro_batch: bool = False
+    """Use the memory that removals free: larger micro-batches and fewer accumulation steps at the same global batch."""
+    rollback: str = ""
+    """Go back to the checkpoint before a removal, e.g. step_400; other prune.* settings may then change. Done once."""
 
 
 @dataclass(frozen=True, kw_only=True)

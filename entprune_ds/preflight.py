@@ -13,6 +13,7 @@ from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.interop.weights import starting_problems
+from entprune_ds.rollback import rollback_pending, rollback_problem
 
 CHECKSUM_LIMIT = 2**30
 """Shards up to this many bytes are verified whole before the start; larger ones when first opened."""
@@ -24,7 +25,7 @@ FREE_KEYS = (
     "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch",
     "data.max_skipped", "data.allow_pipe", "model.weights", "model.compile", "model.activation_checkpointing",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.validation_draws",
+    "train.validate_every", "train.validation_draws", "prune.rollback",
 )  # fmt: skip
 
 
@@ -60,7 +61,8 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     if entropy and prune.start_step == 0 and not config.model.weights and not resuming:
         message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
         found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
-    return found + _resume_problems(config)
+    problem = rollback_problem(config)
+    return found + _resume_problems(config) + ([problem] if problem else [])
 
 
 def validation_spec(config: Config) -> str:
@@ -121,10 +123,11 @@ def _resume_problems(config: Config) -> list[str]:
         why = " ".join(str(error).split())
         return [f"{path} cannot be read ({why}). Move the run folder away or choose another `run.name`."]
     found, now, before = [], to_dict(config), to_dict(old)
+    free = (*FREE_SECTIONS, "prune") if rollback_pending(config) else FREE_SECTIONS
     for section, values in now.items():
         for key, value in values.items():
             name, was = f"{section}.{key}", before[section][key]
-            if value != was and section not in FREE_SECTIONS and name not in FREE_KEYS:
+            if value != was and section not in free and name not in FREE_KEYS:
                 message = f"`{name}` is {value}, but {config.run_dir} was started with {was}. "
                 found.append(message + "Use that value, or choose another `run.name`.")
     steps, old_steps = config.train.num_steps, old.train.num_steps

@@ -37,6 +37,7 @@ from entprune_ds.monitor.metrics import metrics_size, open_monitor, rewind_metri
 from entprune_ds.preflight import validation_spec
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.schedule import check_steps
+from entprune_ds.rollback import roll_back
 
 log = get_logger()
 
@@ -77,6 +78,7 @@ class Run:
 
 def open_run(config: Config, arguments: list[str]) -> Run:
     """Build or resume: engine, data cursor, decisions. Collective."""
+    roll_back(config)
     found = find_checkpoint(config.run_dir / "checkpoints", log.warning)
     model_config = replace(config.model, kept_blocks=config.model.blocks)
     if found is not None:

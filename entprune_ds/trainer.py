@@ -147,6 +147,10 @@ def prune_check(run: Run) -> None:
     if run.engine.dp_size != dp_size:  # the pipeline has shrunk
         resplit(run, place)
     log.info("resized to depth %d in %.2f s, optimizer state kept", run.engine.depth, report.seconds)
+    if config.prune.regrow_micro_batch:
+        ds = run.engine.ds
+        plan = ds.train_micro_batch_size_per_gpu(), ds.gradient_accumulation_steps()
+        log.info("micro-batch %d x accumulation %d", *plan)
     run.monitor.log(run.step, report.metrics())
     validate(run)
     sample_grid(run, f"check_{check}_after")

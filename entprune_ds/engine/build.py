@@ -115,7 +115,7 @@ def build_engine(
         cut = cut_by_cost(config, model_config, stages, comm.world_size() // stages, costs)
     if (1 if cut is None else len(cut)) != stages:
         raise ValueError(f"the cut {list(cut or ())} must have {stages} stages.")
-    ds_config = full_ds_config(config, comm.world_size() // stages)
+    ds_config = full_ds_config(config, comm.world_size() // stages, len(model_config.blocks))
     devices = [comm.device()] if comm.device().type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         model = _staged(model_config, cut) if cut is not None else _whole(model_config, ds_config)

@@ -150,7 +150,7 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | Non
     """
     found = comm.broadcast_json([p.name for p in step_folders(root)][::-1] if comm.is_main() else None)
     for name in found:
-        problems = [p for part in comm.all_gather_json(_problems(root / name)) for p in part]
+        problems = [p for part in comm.all_gather_json(file_problems(root / name)) for p in part]
         if not problems:
             return read_checkpoint(root / name)
         warn(f"checkpoint {name} is damaged and is not used: {problems[0]}.")
@@ -160,8 +160,8 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | Non
     return None
 
 
-def _problems(folder: Path) -> list[str]:
-    """What is wrong with the files that this rank checks (every world_size-th)."""
+def file_problems(folder: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint that this rank checks (every world_size-th). Local."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:

@@ -102,8 +102,8 @@ def zero_stage(config: Config) -> int:
     return int(read_ds_config(config)["zero_optimization"]["stage"])
 
 
-def batch_plan(config: Config, dp_size: int) -> tuple[int, int]:
-    """(micro batch per rank, accumulation steps) for a data-parallel size.
+def batch_plan(config: Config, dp_size: int, depth: int | None = None) -> tuple[int, int]:
+    """(micro batch per rank, accumulation steps) for a data-parallel size, at the full depth or another one.
 
     Raises:
         ValueError: when the global batch does not divide, or the readers do not.
@@ -121,7 +121,19 @@ def batch_plan(config: Config, dp_size: int) -> tuple[int, int]:
     if per_rank % micro:
         message = f"`train.micro_batch_size` ({micro}) must divide `train.global_batch_size` / data-parallel size "
         raise ValueError(message + f"({total} / {dp_size} = {per_rank}).")
+    if config.prune.regrow_micro_batch and depth is not None:
+        room = micro * _activations(config, len(config.model.blocks)) / _activations(config, depth)
+        micro = max(m for m in range(micro, per_rank + 1) if per_rank % m == 0 and (m <= room or m == micro))
     return micro, per_rank // micro
+
+
+BLOCK_INPUTS = 20
+"""Activations that a block keeps for its backward pass, in units of its input; counted by saved_tensors_hooks."""
+
+
+def _activations(config: Config, depth: int) -> float:
+    """Activations of one example at a depth, in units of one block's."""
+    return 1 + depth / BLOCK_INPUTS if config.model.activation_checkpointing else depth
 
 
 def stages_at(config: Config, world_size: int, depth: int) -> int:
@@ -170,9 +182,9 @@ def pipeline_problem(config: Config, world_size: int) -> str | None:
     return None
 
 
-def full_ds_config(config: Config, dp_size: int) -> dict[str, Any]:
-    """The configuration that deepspeed.initialize receives."""
-    micro, accumulation = batch_plan(config, dp_size)
+def full_ds_config(config: Config, dp_size: int, depth: int | None = None) -> dict[str, Any]:
+    """The configuration that deepspeed.initialize receives at the full depth or another one."""
+    micro, accumulation = batch_plan(config, dp_size, depth)
     return read_ds_config(config) | {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro,
