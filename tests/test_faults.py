@@ -238,6 +238,17 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_parameters(digits, tm
     assert "blocks." in text
 
 
+def test_a_checkpoint_of_a_newer_version_is_refused_by_all_ranks_and_stays(digits, tmp_path):
+    run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "a", "train.num_steps=8")])
+    manifest = tmp_path / "a" / "checkpoints" / "step_00000008" / "manifest.json"
+    manifest.write_text(newer := manifest.read_text().replace('"format": 1', '"format": 2'))
+    process = launch(words(digits, tmp_path, "a", "train.num_steps=8"), tmp_path / "log")
+    assert finish(process, seconds=100) == 2
+    text = (tmp_path / "log").read_text()
+    assert text.count("has format 2, this version of entprune_ds reads up to 1. Install the version that wrote it") == 1
+    assert manifest.read_text() == newer and "is damaged" not in text
+
+
 @FULL
 def test_a_rank_that_stands_still_ends_the_job_at_the_time_out(digits, tmp_path):
     log = tmp_path / "log"

@@ -128,17 +128,25 @@ def test_a_pipeline_prunes_and_resumes_exactly(digits, tmp_path):
     assert losses(plain) == pytest.approx(losses(whole), rel=1e-5)  # from step 8 without a pipeline
 
 
+ZERO1_ON_2, ZERO3_ON_1, ZERO2_ON_4, PIPELINE_ON_2, PIPELINE_ON_4 = (1, 2, 1), (3, 1, 1), (2, 4, 1), (1, 2, 2), (0, 4, 2)
+HOPS = {
+    "from ZeRO-1": ([], [ZERO3_ON_1, ZERO2_ON_4, PIPELINE_ON_2, ZERO2_ON_4, ZERO3_ON_1, ZERO1_ON_2]),
+    "from a pipeline": (["parallel.pipe_stages=2"], [ZERO1_ON_2, ZERO3_ON_1, PIPELINE_ON_4, PIPELINE_ON_2]),
+}
+
+
 @FULL
-def test_checkpoints_keep_the_state_from_topology_to_topology(digits, tmp_path):
+@pytest.mark.parametrize(("first", "hops"), HOPS.values(), ids=HOPS)
+def test_checkpoints_keep_the_state_from_topology_to_topology(digits, tmp_path, first, hops):
     whole = tmp_path / "whole"
-    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole", "parallel.pipe_stages=2")])
+    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole", *first)])
     source = whole / "checkpoints/step_00000008"  # after the removals
     manifest = json.loads((source / "manifest.json").read_text())
     total = sum(torch.Size(shape).numel() for shape in manifest["shapes"].values())
     recorded = {"cut": [2, 0]}  # no measurement would choose it: it is followed because it is recorded
     manifest["record"] |= recorded
     (source / "manifest.json").write_text(json.dumps(manifest))
-    for number, (zero_stage, world_size, stages) in enumerate(((1, 2, 1), (3, 1, 1), (0, 4, 2), (1, 2, 2))):
+    for number, (zero_stage, world_size, stages) in enumerate(hops):
         out = tmp_path / f"carried_{number}"
         arguments = {"source": str(source), "out": str(out), "zero_stage": zero_stage, "stages": stages}
         cuts = run_ranks("tests.workers.pipeline:carry", world_size, **arguments)

@@ -129,8 +129,16 @@ def _write_pieces(engine: Engine, path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint that is known to be intact. Local."""
-    return Checkpoint(folder, json.loads((folder / "manifest.json").read_text()))
+    """A checkpoint that is known to be intact. Local.
+
+    Raises:
+        ValueError: when a newer version has written it.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest["format"] > FORMAT:
+        message = f"{folder} has format {manifest['format']}, this version of entprune_ds reads up to {FORMAT}. "
+        raise ValueError(message + "Install the version that wrote it (env.json of the run names it).")
+    return Checkpoint(folder, manifest)
 
 
 def step_folders(root: Path) -> list[Path]:
@@ -146,13 +154,16 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | Non
 
     Raises:
         DistributedError: on all ranks, when there are checkpoints and none is intact: starting again from step 0
-            would overwrite them.
+            would overwrite them; or when the newest intact one comes from a newer version.
     """
     found = comm.broadcast_json([p.name for p in step_folders(root)][::-1] if comm.is_main() else None)
     for name in found:
         problems = [p for part in comm.all_gather_json(file_problems(root / name)) for p in part]
         if not problems:
-            return read_checkpoint(root / name)
+            try:
+                return read_checkpoint(root / name)
+            except ValueError as problem:  # the same on all ranks
+                raise comm.DistributedError(str(problem)) from problem
         warn(f"checkpoint {name} is damaged and is not used: {problems[0]}.")
     if found:
         message = f"none of the {len(found)} checkpoints in {root} is intact. Restore one, or move the run folder away "
@@ -164,8 +175,8 @@ def file_problems(folder: Path) -> list[str]:
     """What is wrong with the files of a checkpoint that this rank checks (every world_size-th). Local."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            return [f"its format is {manifest['format']}, this version reads {FORMAT}"]
+        if manifest["format"] > FORMAT:
+            return []  # not damaged: read_checkpoint says what it is
         for entry in manifest["files"][comm.rank() :: comm.world_size()]:
             path = folder / entry["name"]
             if path.stat().st_size != entry["bytes"]:

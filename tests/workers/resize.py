@@ -175,6 +175,7 @@ def reference(folder: str, scenarios: dict[str, list[list[int]]]) -> dict:
 def refusals(zero_stage: int) -> dict:
     """What resize() says to impossible requests; the engine must still train afterwards."""
     config = tiny_config(zero_stage)
+    config = replace(config, train=replace(config.train, micro_batch_size=2))
     engine = build_engine(config, config.model)
     initialize_fresh(engine, 0)
     messages = []
@@ -188,7 +189,21 @@ def refusals(zero_stage: int) -> dict:
         resize(engine, config, different)
     except comm.DistributedError as error:
         messages.append(str(error))
-    return {"messages": messages, "losses": train_steps(engine, config, 0, 2)}
+    first, second = tiny_draws(config, 0, comm.rank(), comm.world_size()).split(2)
+    losses = []
+    for draws in (first, second):
+        loss = FlowObjective().loss(engine.ds(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean()
+        engine.ds.backward(loss)
+        engine.ds.step()
+        losses.append(loss.item())
+        if len(losses) == 1:  # in the middle of an accumulation
+            try:
+                resize(engine, config, (0, 1))
+            except RuntimeError as error:
+                messages.append(str(error))
+    steps = [engine.adam_step]
+    engine, _ = resize(engine, config, (0, 1))
+    return {"messages": messages, "losses": losses, "steps": [*steps, engine.adam_step], "depth": engine.depth}
 
 
 def options(zero_stage: int, dtype: str = "fp32", **model: bool) -> dict:
