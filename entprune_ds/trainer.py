@@ -138,7 +138,8 @@ def prune_check(run: Run) -> None:
     del parts
     record_decision(run, decision)
     run.monitor.log(run.step, {"prune/score_seconds": times.sweep, "prune/vote_seconds": times.vote})
-    log.info("check %d: %s Blocks removed: %s", check, decision.reason, list(decision.dropped) or "none")
+    narrower = f"; made narrower: {list(decision.narrow)}" if decision.narrow else ""
+    log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
     if decision.score_only or not decision.removes:
         return
     validate(run)

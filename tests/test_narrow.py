@@ -174,7 +174,7 @@ FIRST = {"kept": [0, 1, 3], "narrow": {"1": ONE, "3": {"channels": [1, 5, 77]}}}
 SECOND = {"1": {"heads": [0, 2], "channels": [*range(1, 43, 2), 42]}, "3": {"heads": [2, 3], "channels": [0, 2]}}
 LAST = {"kept": [1, 3], "narrow": SECOND}  # at ZeRO-3 the public calls cannot set odd sizes, which the first step has
 TWICE = ([FIRST, LAST], [[1, 2, 22], [3, 2, 2]])
-ALL_STAY = ([{"kept": [0, 1, 2, 3], "narrow": {"2": {"heads": [3], "channels": [*range(64)]}}}], [[2, 1, 64]])
+ALL_STAY = ([{"kept": [0, 1, 2, 3], "narrow": {"2": {"heads": [3], "channels": [*range(1, 128, 2)]}}}], [[2, 1, 64]])
 STAGED = ([FIRST, LAST | {"cut": [0, 2]}], TWICE[1])
 MATRIX = [
     pytest.param(3, 2, "fp32", 1, *TWICE),
@@ -190,7 +190,8 @@ def test_a_narrowed_engine_continues_like_a_fresh_one(tmp_path, zero_stage, worl
     common = {"folder": str(tmp_path), "zero_stage": zero_stage, "dtype": dtype, "stages": stages}
     live = run_ranks("tests.workers.narrow:live", world_size, **common, resizes=resizes)
     arguments = {"last": resizes[-1], "widths": widths, "steps": live[0]["steps"]}
-    fresh = run_ranks("tests.workers.narrow:fresh", world_size, **common, **arguments, mutations=["none", *MUTATIONS])
+    mutations = MUTATIONS if (zero_stage, dtype) == (1, "fp32") else MUTATIONS[:1]
+    fresh = run_ranks("tests.workers.narrow:fresh", world_size, **common, **arguments, mutations=["none", *mutations])
     expected, state = load_state(tmp_path, "live"), load_state(tmp_path, "fresh_none")
     for rank in range(world_size):
         assert fresh[rank]["none"] == live[rank]["losses"]
@@ -198,7 +199,7 @@ def test_a_narrowed_engine_continues_like_a_fresh_one(tmp_path, zero_stage, worl
         assert all(sent == minimum for sent, minimum in live[rank]["traffic"])
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    for mutation in MUTATIONS:
+    for mutation in mutations:
         wrong = load_state(tmp_path, f"fresh_{mutation}")
         assert any(not torch.equal(wrong[name], expected[name]) for name in expected), mutation
 
@@ -216,7 +217,7 @@ def test_impossible_narrowings_are_refused_on_all_ranks_and_change_nothing():
         assert result["same"] and len(result["losses"]) == 2
 
 
-def test_a_narrowed_run_resumes_prunes_and_exports(digits, tmp_path):
+def test_a_decision_to_narrow_is_carried_out_recorded_and_resumed(digits, tmp_path):
     more = ("prune.criterion=explicit", "prune.explicit_order=[0,2,3]", "parallel.ds_config=zero3_fp32")
     narrow = {"1": {"heads": [1], "channels": [*range(2, 42)]}, "2": {"channels": [0]}}
     command = words(digits, tmp_path, "narrow", *more)
@@ -224,10 +225,11 @@ def test_a_narrowed_run_resumes_prunes_and_exports(digits, tmp_path):
     run = tmp_path / "narrow"
     assert [r["status"] for r in ranks] == [0, 0]
     assert [losses(run)[step] for step in (3, 4)] == ranks[0]["losses"]
-    manifest = json.loads((run / "checkpoints/step_00000004/manifest.json").read_text())
-    assert manifest["block_widths"] == [[1, 1, 40], [2, 2, 1]] and manifest["kept_blocks"] == [0, 1, 2, 3]
-    (decision,) = [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()]
-    assert decision["kept_blocks"] == [1, 3]
+    manifests = [json.loads((run / f"checkpoints/step_{step:08d}/manifest.json").read_text()) for step in (0, 2, 4, 12)]
+    assert [m["block_widths"] for m in manifests] == [[], *[[[1, 1, 40], [2, 2, 1]]] * 2, [[1, 1, 40]]]
+    assert [m["kept_blocks"] for m in manifests] == [*[[0, 1, 2, 3]] * 3, [1, 3]]
+    decisions = [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()]
+    assert [d["narrow"] for d in decisions] == [narrow | {"2": {"heads": None, "channels": [0]}}, {}]
     model, facts = load_model(Path(run / "model"))
     assert facts["model"]["block_widths"] == [[1, 1, 40]] and facts["model"]["kept_blocks"] == [1, 3]
     assert model.blocks["1"].attn.proj.weight.shape == (32, 16) and model.blocks["1"].mlp.fc1.bias.shape == (40,)

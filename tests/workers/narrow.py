@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from entprune_ds import comm
+from entprune_ds import comm, trainer
 from entprune_ds.config import Config, load_config
+from entprune_ds.coordinator import CheckTimes
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import ShardedView, gather_full
 from entprune_ds.models.dit import DiT
+from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.surgery import Narrowing
 from entprune_ds.run_state import checkpoint, open_run
-from entprune_ds.trainer import one_step
 from tests.tiny import tiny_draws
 from tests.workers.pipeline import load_state, pipe_config, save_state, train_steps
 from tests.workers.resize import STEPS_AFTER, STEPS_BEFORE, fill, gathered_ema
@@ -133,18 +134,27 @@ def refusals(zero_stage: int) -> dict:
 
 
 def run_and_resume(words: list[str], narrow: dict) -> dict:
-    """Two steps of a run, a narrowing, a checkpoint and two more steps; then the same run again by its command."""
+    """A check that narrows, two steps, a checkpoint and two more steps; then the same run again by its command."""
     from entprune_ds.cli.train import main
 
     config = load_config(words)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    run, losses = open_run(config, words), []
+    run, losses, found = open_run(config, words), [], trainer.run_check
+
+    def narrows_only(*args: Any, **kwargs: Any) -> tuple[PruneDecision, CheckTimes]:
+        """What a criterion of heads and channels would decide; there is none yet."""
+        decision, times = found(*args, **kwargs)
+        stay = {"dropped": (), "kept_blocks": decision.kept_before, "chosen_depth": len(decision.kept_before)}
+        return replace(decision, narrow=of({"narrow": narrow}), **stay), times
+
+    trainer.run_check = narrows_only
+    trainer.prune_check(run)
+    trainer.run_check = found
     for _ in range(2):
-        one_step(run)
-    run.engine, _ = resize(run.engine, config, run.engine.kept_blocks, narrow=of({"narrow": narrow}))
+        trainer.one_step(run)
     checkpoint(run)
     for _ in range(2):
-        losses.append(comm.all_reduce_sum(one_step(run)).item() / comm.world_size())
+        losses.append(comm.all_reduce_sum(trainer.one_step(run)).item() / comm.world_size())
     run.monitor.finish(exit_code=1)
     run.stream.close()
     destroy_engine(run.engine)
