@@ -218,16 +218,17 @@ def test_impossible_narrowings_are_refused_on_all_ranks_and_change_nothing():
 
 
 def test_a_decision_to_narrow_is_carried_out_recorded_and_resumed(digits, tmp_path):
-    more = ("prune.criterion=explicit", "prune.explicit_order=[0,2,3]", "parallel.ds_config=zero3_fp32")
+    more = ("prune.criterion=explicit", "prune.explicit_order=[0,2,3]", "parallel.ds_config=zero3_fp32",
+            "train.keep_checkpoints=1")  # fmt: skip
     narrow = {"1": {"heads": [1], "channels": [*range(2, 42)]}, "2": {"channels": [0]}}
     command = words(digits, tmp_path, "narrow", *more)
     ranks = run_ranks("tests.workers.narrow:run_and_resume", 2, words=command, narrow=narrow)
     run = tmp_path / "narrow"
     assert [r["status"] for r in ranks] == [0, 0]
     assert [losses(run)[step] for step in (3, 4)] == ranks[0]["losses"]
-    manifests = [json.loads((run / f"checkpoints/step_{step:08d}/manifest.json").read_text()) for step in (0, 2, 4, 12)]
-    assert [m["block_widths"] for m in manifests] == [[], *[[[1, 1, 40], [2, 2, 1]]] * 2, [[1, 1, 40]]]
-    assert [m["kept_blocks"] for m in manifests] == [*[[0, 1, 2, 3]] * 3, [1, 3]]
+    manifests = [json.loads((run / f"checkpoints/step_{s:08d}/manifest.json").read_text()) for s in (0, 4, 12)]
+    assert [m["block_widths"] for m in manifests] == [[], [[1, 1, 40], [2, 2, 1]], [[1, 1, 40]]]
+    assert [m["kept_blocks"] for m in manifests] == [[0, 1, 2, 3], [0, 1, 2, 3], [1, 3]]
     decisions = [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()]
     assert [d["narrow"] for d in decisions] == [narrow | {"2": {"heads": None, "channels": [0]}}, {}]
     model, facts = load_model(Path(run / "model"))
