@@ -120,8 +120,8 @@ def model_problems(model: ModelConfig) -> list[str]:
     if not found:
         width, heads, patch = model.hidden_size, model.num_heads, model.patch_size
         require(width % heads == 0, f"`model.num_heads` must divide `model.hidden_size` ({width}), got {heads}.")
-        mlp = int(width * model.mlp_ratio)
-        require(mlp > 0, f"`model.mlp_ratio` leaves no MLP at `model.hidden_size` {width}, got {model.mlp_ratio}.")
+        ratio = model.mlp_ratio
+        require(model.mlp_size > 0, f"`model.mlp_ratio` leaves no MLP at `model.hidden_size` {width}, got {ratio}.")
         require(width % 4 == 0, f"`model.hidden_size` must be a multiple of 4, got {width}.")
         divides = model.input_size % patch == 0
         require(divides, f"`model.patch_size` must divide `model.input_size` ({model.input_size}), got {patch}.")
@@ -130,6 +130,21 @@ def model_problems(model: ModelConfig) -> list[str]:
         ok = len(kept) > 0 and kept == sorted(set(kept)) and all(0 <= b < model.depth for b in kept)
         message = f"`model.kept_blocks` must be sorted block indices below `model.depth` ({model.depth}), got {kept}."
         require(ok, message)
+    return found or _width_problems(model)
+
+
+def _width_problems(model: ModelConfig) -> list[str]:
+    """Narrow blocks that the model does not have, or that are wider than they can be."""
+    found, indices = [], [block for block, _, _ in model.block_widths]
+    if indices != sorted(set(indices)) or not set(indices) <= set(model.blocks):
+        message = f"`model.block_widths` must name present blocks ({list(model.blocks)}) in order, each once, "
+        found.append(message + f"got {indices}.")
+    full = (model.num_heads, model.mlp_size)
+    for block, heads, channels in model.block_widths:
+        if not (1 <= heads <= full[0] and 1 <= channels <= full[1]) or (heads, channels) == full:
+            message = f"`model.block_widths` of block {block} must be 1 to {full[0]} heads and 1 to {full[1]} MLP "
+            message += f"channels, not all of both, got {heads} and {channels}. Leave blocks of full width out."
+            found.append(message)
     return found
 
 

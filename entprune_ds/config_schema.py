@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from entprune_ds.config_data import DataConfig
@@ -38,6 +38,8 @@ class ModelConfig:
     """Attention heads; must divide hidden_size."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over hidden_size."""
+    block_widths: tuple[tuple[int, int, int], ...] = ()
+    """Blocks that are narrower, each as [original index, attention heads, MLP channels]; heads keep their size."""
     patch_size: int = 2
     """Side of a patch in latent pixels; must divide input_size."""
     input_size: int = 32
@@ -68,6 +70,25 @@ class ModelConfig:
     def blocks(self) -> tuple[int, ...]:
         """Original indices of the present blocks, sorted."""
         return tuple(range(self.depth)) if self.kept_blocks is None else self.kept_blocks
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head, in narrow blocks too."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden channels of the MLP of a block that is not narrow."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    def widths(self, block: int) -> tuple[int, int]:
+        """Attention heads and MLP channels of a block, by original index."""
+        narrow = {index: (heads, channels) for index, heads, channels in self.block_widths}
+        return narrow.get(block, (self.num_heads, self.mlp_size))
+
+    def keeping(self, blocks: tuple[int, ...]) -> ModelConfig:
+        """This architecture with these blocks only (original indices, sorted), each as wide as it is."""
+        return replace(self, kept_blocks=blocks, block_widths=tuple(w for w in self.block_widths if w[0] in blocks))
 
 
 @dataclass(frozen=True, kw_only=True)

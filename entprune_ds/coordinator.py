@@ -44,7 +44,7 @@ class CheckTimes:
 
 def run_check(
     parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, step: int, original_depth: int,
-    examples: Examples, recut: Callable[[tuple[int, ...]], tuple[int, ...] | None] = lambda kept_blocks: None,
+    examples: Examples, recut: Callable[[PruneDecision], tuple[int, ...] | None] = lambda decision: None,
 ) -> tuple[PruneDecision, CheckTimes]:  # fmt: skip
     """Score every block, vote on the depth, and agree on a decision. Collective: all ranks call.
 
@@ -57,7 +57,7 @@ def run_check(
         step: training step before which it stands.
         original_depth: depth at the start of this run, which the default cap refers to.
         examples: calibration data.
-        recut: blocks per pipeline stage for the kept blocks, None without a pipeline; collective.
+        recut: blocks per pipeline stage for what stays, None without a pipeline; collective.
 
     Raises:
         DistributedError: on all ranks, when outputs are not finite or the ranks do not agree.
@@ -83,7 +83,7 @@ def run_check(
     proposal = _decide(candidates, prune, check, step, kept_blocks, order, scores) if comm.is_main() else None
     fault_points.reach("broadcast")
     decision = PruneDecision.from_json(comm.broadcast_json(None if proposal is None else proposal.to_json()))
-    decision = replace(decision, cut=recut(decision.kept_blocks))
+    decision = replace(decision, cut=recut(decision))
     comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
     return decision, CheckTimes(swept - start, time.perf_counter() - swept)
 
@@ -119,7 +119,7 @@ def sweep_scores(parts: Parts, kept_blocks: tuple[int, ...], config: Config, che
 def stack_chunk(model: ModelConfig, dtype: torch.dtype) -> int:
     """Examples (variants x draws) that one block evaluation takes at once within WIDEST_ACTIVATION."""
     tokens = (model.input_size // model.patch_size) ** 2
-    widest = tokens * int(model.hidden_size * model.mlp_ratio) * dtype.itemsize
+    widest = tokens * model.mlp_size * dtype.itemsize
     return max(1, WIDEST_ACTIVATION[comm.device().type] // widest)
 
 

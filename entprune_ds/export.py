@@ -58,7 +58,7 @@ def checkpoint_source(checkpoint: Checkpoint, weights: str) -> Source:
         "config_digest": digest(checkpoint.manifest["record"]["config"]),
         "commit": commit(),
     }
-    return Source(replace(config.model, kept_blocks=checkpoint.kept_blocks), read, facts)
+    return Source(checkpoint.model(config.model), read, facts)
 
 
 def _inherited(config: Config) -> dict[str, Any]:

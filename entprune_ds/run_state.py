@@ -15,7 +15,7 @@ from entprune_ds.atomic import write_text
 from entprune_ds.config import Config, ModelConfig, to_stored, to_yaml
 from entprune_ds.data.stream import Stream, merge_states
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
-from entprune_ds.engine.balance import Cut, LayerCosts, costs_as_json
+from entprune_ds.engine.balance import Cut, LayerCosts, costs_as_json, costs_from_json
 from entprune_ds.engine.build import Engine, build_engine, fresh_state, initialize_fresh
 from entprune_ds.engine.checkpoint import (
     Checkpoint,
@@ -80,9 +80,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     """Build or resume: engine, data cursor, decisions. Collective."""
     roll_back(config)
     found = find_checkpoint(config.run_dir / "checkpoints", log.warning)
-    model_config = replace(config.model, kept_blocks=config.model.blocks)
-    if found is not None:
-        model_config = replace(model_config, kept_blocks=found.kept_blocks)
+    model_config = config.model if found is None else found.model(config.model)
     engine = build_engine(config, model_config, *saved_cut(config, found))
     stream = open_stream(config, engine)
     step, decisions, metrics_bytes = 0, [], 0  # a run from the start keeps no earlier line
@@ -118,7 +116,7 @@ def saved_cut(config: Config, found: Checkpoint | None) -> tuple[Cut | None, Lay
     cut, costs = record.get("cut"), record.get("costs")
     if found is None or cut is None or len(cut) != stages_at(config, comm.world_size(), len(found.kept_blocks)):
         return None, None
-    return tuple(cut), LayerCosts(*costs) if costs else None
+    return tuple(cut), costs_from_json(costs)
 
 
 def open_stream(config: Config, engine: Engine) -> Stream:
@@ -248,7 +246,7 @@ def checkpoint(run: Run) -> None:
     save_checkpoint(run.engine, root, run.step, record)
     run.saved = run.step
     if comm.is_main():
-        before_removal = {d.step for d in run.decisions if d.dropped} | {run.step}
+        before_removal = {d.step for d in run.decisions if d.removes} | {run.step}
         prune_old(root, run.config.train.keep_checkpoints, before_removal)
 
 

@@ -22,6 +22,7 @@ from entprune_ds.export import export_checkpoint
 from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell, watched
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
+from entprune_ds.pruning.surgery import narrowed
 from entprune_ds.run_state import Run, checkpoint, open_run, place_in_data, record_decision, resplit
 from entprune_ds.run_view import log_step, sample_grid, validate
 
@@ -132,18 +133,19 @@ def prune_check(run: Run) -> None:
     parts = ShardedView(engine, "weight", getattr(torch, config.prune.score_dtype))
     decision, times = run_check(
         parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
-        recut=lambda kept_blocks: next_cut(engine, config, kept_blocks),
+        recut=lambda d: next_cut(engine, config, narrowed(engine.model_config, d.kept_blocks, d.narrow)),
     )  # fmt: skip
     del parts
     record_decision(run, decision)
     run.monitor.log(run.step, {"prune/score_seconds": times.sweep, "prune/vote_seconds": times.vote})
-    log.info("check %d: %s Blocks removed: %s", check, decision.reason, list(decision.dropped) or "none")
-    if decision.score_only or not decision.dropped:
+    narrower = f"; made narrower: {list(decision.narrow)}" if decision.narrow else ""
+    log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
+    if decision.score_only or not decision.removes:
         return
     validate(run)
     sample_grid(run, f"check_{check}_before")
     place, dp_size = place_in_data(run), engine.dp_size
-    run.engine, report = resize(engine, config, decision.kept_blocks, decision.cut)
+    run.engine, report = resize(engine, config, decision.kept_blocks, decision.cut, decision.narrow)
     if run.engine.dp_size != dp_size:  # the pipeline has shrunk
         resplit(run, place)
     log.info("resized to depth %d in %.2f s, optimizer state kept", run.engine.depth, report.seconds)

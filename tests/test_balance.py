@@ -53,7 +53,7 @@ def test_blocks_are_cut_by_cost_and_stay_where_they_are_when_it_costs_nothing():
     config = pipe_config(1, "fp32", 2)
     assert cut_by_cost(config, config.model, 2, 1, LayerCosts(10, 10, 10)) == (2, 2)
     assert cut_by_cost(config, config.model, 2, 1, LayerCosts(30, 10, 10)) == (1, 3)
-    assert stage_costs(LayerCosts(30, 10, 20), (1, 3)) == [40, 50]
+    assert stage_costs(LayerCosts(30, 10, 20), config.model, (1, 3)) == [40, 50]
     tie = LayerCosts(10, 20, 30)  # (1, 2) and (2, 1) of three blocks: the slowest costs 50 or 70
     three = pipe_config(1, "fp32", 2, kept_blocks=(0, 1, 3)).model
     assert cut_by_cost(config, three, 2, 1, tie) == (2, 1)

@@ -223,6 +223,9 @@ model.kept_blocks=[2,1]                                    -> sorted block indic
 model.kept_blocks=[1,1]                                    -> sorted block indices
 model.kept_blocks=[0,28]                                   -> sorted block indices
 model.kept_blocks=[-1]                                     -> sorted block indices
+model.block_widths=[[28,1,1]]                              -> name present blocks
+model.block_widths=[[0,1]]                                 -> a list (a list of 3 (a whole number each) each)
+model.block_widths=[[0,16,4608]]                           -> full width out
 data.num_readers=0                                         -> above 0
 data.prefetch=0                                            -> above 0
 data.num_workers=-1                                        -> at least 0
@@ -365,6 +368,7 @@ configs = st.builds(
     model=st.builds(
         ModelConfig, depth=st.integers(1, 99), learn_sigma=st.booleans(), mlp_ratio=finite,
         kept_blocks=st.none() | st.lists(st.integers(0, 99), max_size=5).map(tuple),
+        block_widths=st.lists(st.tuples(st.integers(), st.integers(), st.integers()), max_size=3).map(tuple),
     ),
     data=st.builds(DataConfig, shards=names),
     train=st.builds(TrainConfig, learning_rate=finite, betas=st.tuples(finite, finite)),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.schedule import blocks_at_depth, candidate_depths, check_steps, default_cap
+from entprune_ds.pruning.surgery import Narrowing
 from entprune_ds.pruning.vote import Candidate, competition_ranks, vote
 
 # ---------------------------------------------------------------- schedule
@@ -193,6 +194,24 @@ def test_the_cut_of_a_pipeline_is_part_of_a_decision_and_older_records_have_none
         decision(cut=(1, 2))
     older = {name: value for name, value in decision().to_json().items() if name != "cut"}
     assert PruneDecision.from_json(older) == decision()
+
+
+def test_what_gets_narrower_is_part_of_a_decision_and_older_records_have_none():
+    kept = decision().kept_blocks[0]
+    narrow = decision(narrow={kept: Narrowing(heads=(1, 2))})
+    restored = PruneDecision.from_json(json.loads(json.dumps(narrow.to_json())))
+    assert restored == narrow and restored.narrow == {kept: Narrowing(heads=(1, 2), channels=None)}
+    assert narrow.to_json()["narrow"] == {str(kept): {"heads": [1, 2], "channels": None}}
+    assert narrow.digest != decision(narrow={kept: Narrowing(heads=(1, 3))}).digest != decision().digest
+    with pytest.raises(ValueError, match="does not match its digest"):
+        PruneDecision.from_json(narrow.to_json() | {"narrow": {str(kept): {"heads": [1, 3], "channels": None}}})
+    with pytest.raises(ValueError, match="it narrows blocks"):
+        decision(narrow={decision().dropped[0]: Narrowing(heads=(1,))})
+    older = {name: value for name, value in decision().to_json().items() if name != "narrow"}
+    assert PruneDecision.from_json(older) == decision()
+    stays = dict(dropped=(), kept_blocks=decision().kept_before, chosen_depth=len(decision().kept_before))
+    assert decision().removes and not decision(**stays).removes
+    assert decision(**stays, narrow={kept: Narrowing(channels=(0,))}).removes
 
 
 def test_a_decision_is_frozen_and_consistent():

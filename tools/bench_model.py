@@ -31,7 +31,7 @@ class OurStack(nn.Module):
 
     def __init__(self, depth: int, width: int, heads: int):
         super().__init__()
-        self.blocks = nn.ModuleDict({str(i): Block(width, heads, 4.0) for i in range(depth)})
+        self.blocks = nn.ModuleDict({str(i): Block(width, heads, width // heads, 4 * width) for i in range(depth)})
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (N,T,D), c (N,D) -> (N,T,D)."""
@@ -97,7 +97,8 @@ def proportionality(options: argparse.Namespace, x: Tensor, c: Tensor) -> dict[s
     """max over depths 19, 14 of |t_d / t_28 / (d / 28) - 1|; the shallower stacks are parts of the deepest."""
     depths = [28, 19, 14]
     stacks = [OurStack(0, options.width, options.heads) for _ in depths]
-    blocks = [random_values(Block(options.width, options.heads, 4.0), seed=i) for i in range(depths[0])]
+    width, heads = options.width, options.heads
+    blocks = [random_values(Block(width, heads, width // heads, 4 * width), seed=i) for i in range(depths[0])]
     for stack, depth in zip(stacks, depths, strict=True):
         stack.blocks.update({str(i): block for i, block in enumerate(blocks[:depth])})
     seconds = interleaved([forward(stack, x, c) for stack in stacks], options.repeats)

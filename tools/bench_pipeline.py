@@ -82,7 +82,8 @@ def worker(options: argparse.Namespace) -> None:
     engine = build_engine(config, model, (half, depth - half))
     initialize_fresh(engine, seed=0)
     kept = tuple(range(half // 2, depth))  # half of the first stage's blocks are gone
-    new, old = next_cut(engine, config, kept), (half - half // 2, depth - half)
+    pruned = engine.model_config.keeping(kept)
+    new, old = next_cut(engine, config, pruned), (half - half // 2, depth - half)
     costs = engine.costs
     assert new is not None and costs is not None
     engine, _ = resize(engine, config, kept, old)
@@ -97,8 +98,8 @@ def worker(options: argparse.Namespace) -> None:
             {cut: statistics.median(times[kind] for times in rounds) for cut, rounds in seconds.items()}
             for kind in (0, 1)
         )
-        lengths = {cut: schedule_length(stage_costs(costs, cut), options.accumulation) for cut in seconds}
-        found = compared(model, costs, kept, new, old) | {
+        lengths = {cut: schedule_length(stage_costs(costs, pruned, cut), options.accumulation) for cut in seconds}
+        found = compared(pruned, costs, new, old) | {
             "throughput_gain": round(medians[old] / medians[new], 3),
             "throughput_gain_computed": round(lengths[old] / lengths[new], 3),
             "throughput_gain_cpu": round(cpu[old] / cpu[new], 3),
@@ -143,35 +144,36 @@ def four_stages(config: Any, model: Any, costs: Any, micro_batches: int) -> dict
     gone, old = {7, 8, 9, 10, 11, 25, 26, 27}, (7, 2, 7, 4)
     kept = tuple(b for b in range(28) if b not in gone)
     stage_of = {b: b // 7 for b in kept}
-    new = cut_by_cost(config, replace(model, kept_blocks=kept), 4, 1, costs, stage_of)
-    lengths = {cut: schedule_length(stage_costs(costs, cut), micro_batches) for cut in (old, new)}
-    return compared(model, costs, kept, new, old) | {
-        "stage_milliseconds": [round(cost / 1e6, 2) for cost in stage_costs(costs, new)],
+    model = model.keeping(kept)
+    new = cut_by_cost(config, model, 4, 1, costs, stage_of)
+    lengths = {cut: schedule_length(stage_costs(costs, model, cut), micro_batches) for cut in (old, new)}
+    return compared(model, costs, new, old) | {
+        "stage_milliseconds": [round(cost / 1e6, 2) for cost in stage_costs(costs, model, new)],
         "schedule_milliseconds": {"no_recut": round(lengths[old] / 1e6), "recut": round(lengths[new] / 1e6)},
         "throughput_gain": round(lengths[old] / lengths[new], 3),
     }
 
 
-def compared(model: Any, costs: Any, kept: tuple[int, ...], new: tuple, old: tuple) -> dict[str, Any]:
+def compared(model: Any, costs: Any, new: tuple, old: tuple) -> dict[str, Any]:
     """Imbalance of the new cut, of the best there is, of DeepSpeed's and of the old one, with the cuts."""
     from deepspeed.runtime.utils import partition_balanced
 
     from entprune_ds.engine.balance import layer_parameters, stage_costs
 
-    layers, stages = costs.of_layers(len(kept)), len(new)
+    layers, stages = costs.of_layers(model), len(new)
     mean = sum(layers) / stages
 
     def imbalance(bounds: list[int]) -> float:
         return round(max(sum(layers[a:b]) for a, b in pairwise(bounds)) / mean, 3)
 
-    weights = layer_parameters(replace(model, kept_blocks=kept))
+    weights = layer_parameters(model)
     by_parameters = [int(bound) for bound in partition_balanced(weights=weights, num_parts=stages)]
     every = ([0, *inner, len(layers)] for inner in combinations(range(1, len(layers)), stages - 1))
     return {
-        "imbalance": round(max(stage_costs(costs, new)) / mean, 3),
+        "imbalance": round(max(stage_costs(costs, model, new)) / mean, 3),
         "optimum": min(map(imbalance, every)),
         "by_parameters": imbalance(by_parameters),
-        "no_recut": round(max(stage_costs(costs, old)) / mean, 3),
+        "no_recut": round(max(stage_costs(costs, model, old)) / mean, 3),
         "blocks_per_stage": {"recut": new, "no_recut": old},
         "layers_per_stage_by_parameters": [b - a for a, b in pairwise(by_parameters)],
     }

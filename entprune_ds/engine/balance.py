@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -94,17 +95,26 @@ class LayerCosts:
     """Of one block and micro-batch; those of stem and head are less."""
     micro_batch: int = 0
     """Examples that the times are for."""
+    narrow: tuple[tuple[int, int, int], ...] = ()
+    """Heads, MLP channels and nanoseconds of each kind of narrow block."""
 
-    def of_layers(self, depth: int) -> list[int]:
+    def of_layers(self, model_config: ModelConfig) -> list[int]:
         """Stem, blocks, head."""
-        return [self.stem, *[self.block] * depth, self.head]
+        of_widths = {(heads, channels): cost for heads, channels, cost in self.narrow}
+        return [self.stem, *(of_widths.get(model_config.widths(b), self.block) for b in model_config.blocks), self.head]
+
+    def know(self, model_config: ModelConfig, micro_batch: int) -> bool:
+        """Whether the times are those of these blocks and this micro-batch."""
+        known = {kind[:2] for kind in self.narrow}
+        return self.micro_batch == micro_batch and {kind[1:] for kind in model_config.block_widths} <= known
 
 
-def stage_costs(costs: LayerCosts, cut: Cut) -> list[int]:
+def stage_costs(costs: LayerCosts, model_config: ModelConfig, cut: Cut) -> list[int]:
     """Nanoseconds of every stage."""
-    per_stage = [count * costs.block for count in cut]
-    per_stage[0] += costs.stem
-    per_stage[-1] += costs.head
+    stem, *blocks, head = costs.of_layers(model_config)
+    per_stage = [sum(blocks[stop - count : stop]) for count, stop in zip(cut, accumulate(cut), strict=True)]
+    per_stage[0] += stem
+    per_stage[-1] += head
     return per_stage
 
 
@@ -126,7 +136,7 @@ def cut_by_cost(
     in_flight = num_stages * costs.activation_bytes  # one forward, one backward: the first stage keeps that many
     try:
         layers = best_cut(
-            costs.of_layers(len(blocks)), [m + in_flight for m in memory], num_stages, _memory_limit(), where
+            costs.of_layers(model_config), [m + in_flight for m in memory], num_stages, _memory_limit(), where
         )
     except ValueError as problem:
         remedy = "Raise `parallel.pipe_stages`, lower train.micro_batch_size, or set model.activation_checkpointing."
@@ -162,19 +172,22 @@ def _dtype(ds_config: dict[str, Any]) -> torch.dtype:
 
 
 def measure_costs(config: Config, model_config: ModelConfig, num_stages: int, repeats: int = REPEATS) -> LayerCosts:
-    """Time stem, block and head on the training micro-batch. Collective: the median over ranks, equal on all.
+    """Time stem, head and every kind of block on the training micro-batch. Collective: the median over ranks.
 
     Process CPU time, CUDA events on a GPU. Inert: layers of its own, no RNG, no .grad, no hooks of the engine.
     """
     micro, _ = batch_plan(config, comm.world_size() // num_stages)
     device, dtype, m = comm.device(), _dtype(read_ds_config(config)), model_config
     with torch.device("meta"):
-        stem, block = DiT(replace(model_config, kept_blocks=())), build_block(model_config)
-    for module in (stem, block):
+        stem = DiT(m.keeping(()))
+        kinds = {m.widths(index): build_block(m, index) for index, _, _ in m.block_widths}
+        block = build_block(replace(m, block_widths=()), 0)
+    for module in (stem, block, *kinds.values()):
         module.to_empty(device=device).to(dtype)
         _fill([*module.parameters(), *module.buffers()])
     if m.compile:
-        block.compile()
+        for kind in (block, *kinds.values()):
+            kind.compile()
     tokens = stem.side**2
     z_t, x, c = (
         _fill([torch.empty(micro, *shape, device=device, dtype=dtype)])[0]
@@ -186,8 +199,8 @@ def measure_costs(config: Config, model_config: ModelConfig, num_stages: int, re
     stem_weights = [p for n, p in stem.named_parameters() if not n.startswith("final_layer.")]
     head_weights = list(stem.final_layer.parameters())
 
-    def run_block() -> Tensor:
-        return checkpoint(block, x, c, use_reentrant=False) if m.activation_checkpointing else block(x, c)
+    def run_block(kind: nn.Module) -> Tensor:
+        return checkpoint(kind, x, c, use_reentrant=False) if m.activation_checkpointing else kind(x, c)
 
     def run_stem() -> Tensor:
         tokens_of, conditioning = stem.embed(z_t, t, labels)
@@ -195,13 +208,14 @@ def measure_costs(config: Config, model_config: ModelConfig, num_stages: int, re
 
     times = [
         _seconds(run_stem, stem_weights, repeats),
-        _seconds(run_block, [x, c, *block.parameters()], repeats),
         _seconds(lambda: stem.head(x, c), [x, c, *head_weights], repeats),
+        *(_seconds(partial(run_block, b), [x, c, *b.parameters()], repeats) for b in (block, *kinds.values())),
     ]
     held = x.nbytes if m.activation_checkpointing else _saved_bytes(lambda: block(x, c))
     ranks = comm.all_gather_json([int(1e9 * seconds) for seconds in times])
-    stem_cost, block_cost, head_cost = (int(statistics.median(column)) for column in zip(*ranks, strict=True))
-    return LayerCosts(stem_cost, block_cost, head_cost, held, micro)
+    stem_cost, head_cost, block_cost, *costs = (int(statistics.median(column)) for column in zip(*ranks, strict=True))
+    narrow = tuple((*widths, cost) for widths, cost in zip(kinds, costs, strict=True))
+    return LayerCosts(stem_cost, block_cost, head_cost, held, micro, narrow)
 
 
 def _fill(tensors: list[Tensor]) -> list[Tensor]:
@@ -250,6 +264,15 @@ def _saved_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-def costs_as_json(costs: LayerCosts | None) -> list[int] | None:
+def costs_as_json(costs: LayerCosts | None) -> list[Any] | None:
     """Plain values for the checkpoint."""
     return None if costs is None else list(astuple(costs))
+
+
+def costs_from_json(values: list[Any] | None) -> LayerCosts | None:
+    """What `costs_as_json` wrote; older checkpoints know of no narrow blocks."""
+    if not values:
+        return None
+    narrow = tuple(tuple(kind) for kinds in values[5:] for kind in kinds)
+    stem, block, head, activation_bytes, micro_batch = values[:5]
+    return LayerCosts(stem, block, head, activation_bytes, micro_batch, narrow)

@@ -108,7 +108,7 @@ def build_engine(
     import deepspeed
 
     forget_garbage_of_imports()
-    model_config = replace(model_config, kept_blocks=model_config.blocks, weights="")
+    model_config = replace(model_config.keeping(model_config.blocks), weights="")
     stages = stages_at(config, comm.world_size(), len(model_config.blocks))
     if stages > 1 and cut is None:
         costs = costs or measure_costs(config, model_config, stages)

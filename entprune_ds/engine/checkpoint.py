@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from entprune_ds import comm, fault_points
 from entprune_ds.atomic import file_sha256, sync, write_text
+from entprune_ds.config import ModelConfig
 from entprune_ds.engine.build import Engine
 from entprune_ds.engine.state import KEYS, Piece, state_tensor, write_state
 
@@ -48,6 +49,11 @@ class Checkpoint:
     def kept_blocks(self) -> tuple[int, ...]:
         """Original indices of the blocks it holds."""
         return tuple(self.manifest["kept_blocks"])
+
+    def model(self, start: ModelConfig) -> ModelConfig:
+        """The architecture that it holds, given the one that its run started with."""
+        widths = self.manifest.get("block_widths", ())  # older checkpoints have none
+        return replace(start, kept_blocks=self.kept_blocks, block_widths=tuple(tuple(w) for w in widths))
 
 
 def save_checkpoint(engine: Engine, root: Path, step: int, record: dict[str, Any]) -> Path:
@@ -83,7 +89,8 @@ def save_checkpoint(engine: Engine, root: Path, step: int, record: dict[str, Any
     fault_points.reach("checkpoint")
     if comm.is_main():
         manifest = {
-            "format": FORMAT, "step": step, "kept_blocks": list(engine.kept_blocks), "adam_step": engine.adam_step,
+            "format": FORMAT, "step": step, "kept_blocks": list(engine.kept_blocks),
+            "block_widths": engine.model_config.block_widths, "adam_step": engine.adam_step,
             "ema_count": engine.ema_count, "shapes": {n: list(s) for n, s in engine.shapes.items()},
             "files": files, "record": record,
         }  # fmt: skip

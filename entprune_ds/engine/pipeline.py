@@ -13,7 +13,6 @@ import contextlib
 import gc
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ class StagedDiT(PipelineModule):
         first = sum(self.cut[: self.stage_id])
         mine = self.config.blocks[first : first + self.cut[self.stage_id]]
         with torch.device("meta"):
-            part = DiT(replace(self.config, kept_blocks=mine))
+            part = DiT(self.config.keeping(mine))
         if not self.is_first:
             del part.x_embedder, part.t_embedder, part.y_embedder, part.pos_embed
         if not self.is_last:

@@ -1,19 +1,21 @@
-"""Live resizing: the same processes go on with fewer blocks, and nothing that training has learned is lost."""
+"""Live resizing: the same processes go on with fewer or narrower blocks, and nothing that has been learned is lost."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 
 from entprune_ds import comm, fault_points
-from entprune_ds.config import Config
+from entprune_ds.config import Config, ModelConfig
 from entprune_ds.engine.balance import Cut, cut_by_cost, measure_costs
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine
 from entprune_ds.engine.ds_config import batch_plan, stages_at
-from entprune_ds.engine.transfer import fill, missing_bytes, park
+from entprune_ds.engine.transfer import fill, missing_bytes, narrowed_ranges, park
+from entprune_ds.pruning.surgery import Narrowing, narrowed, selections
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,22 @@ def names_after(engine: Engine, kept_blocks: tuple[int, ...]) -> list[str]:
     return [n for n in engine.shapes if not (n.startswith("blocks.") and int(n.split(".")[1]) in dropped)]
 
 
-def next_cut(engine: Engine, config: Config, kept_blocks: tuple[int, ...]) -> Cut | None:
-    """The best cut of a pipeline when these blocks (sorted) remain, None without one. Collective, and inert.
+def next_cut(engine: Engine, config: Config, model_config: ModelConfig) -> Cut | None:
+    """The best cut of a pipeline for this architecture, None without a pipeline. Collective, and inert.
 
-    Costs are measured when the engine does not know them for the micro-batch, and kept with it.
+    Costs are measured when the engine does not know them for the widths and the micro-batch, and kept with it.
+
+    Args:
+        model_config: that of the engine with fewer blocks (sorted), or with narrower ones.
     """
-    if engine.cut is None or kept_blocks == engine.kept_blocks:
+    if engine.cut is None or model_config == engine.model_config:
         return engine.cut
     world_size = comm.world_size()
-    stages = stages_at(config, world_size, len(kept_blocks))
+    stages = stages_at(config, world_size, len(model_config.blocks))
     if stages == 1:
         return None
-    dp_size, model_config = world_size // stages, replace(engine.model_config, kept_blocks=kept_blocks)
-    if engine.costs is None or engine.costs.micro_batch != batch_plan(config, dp_size)[0]:
+    dp_size = world_size // stages
+    if engine.costs is None or not engine.costs.know(model_config, batch_plan(config, dp_size)[0]):
         engine.costs = measure_costs(config, model_config, stages)
     if stages != len(engine.cut):  # every stage lies on other ranks
         return cut_by_cost(config, model_config, stages, dp_size, engine.costs)
@@ -66,40 +71,44 @@ def next_cut(engine: Engine, config: Config, kept_blocks: tuple[int, ...]) -> Cu
 
 
 def resize(
-    engine: Engine, config: Config, kept_blocks: tuple[int, ...], cut: Cut | None = None
-) -> tuple[Engine, ResizeReport]:
-    """Continue with a subset of the blocks, or with another cut of the pipeline. Collective; `engine` is spent.
+    engine: Engine, config: Config, kept_blocks: tuple[int, ...], cut: Cut | None = None,
+    narrow: Mapping[int, Narrowing] | None = None,
+) -> tuple[Engine, ResizeReport]:  # fmt: skip
+    """Continue with fewer or narrower blocks, or another cut of the pipeline. Collective; `engine` is spent.
 
     Survivors keep fp32 weights, Adam moments, step count and EMA; the EMA warm-up starts again. The old
     state is parked (`resize.park`), the old engine destroyed, a new one built at the new depth in the same
     processes, and the state written into its partitions.
 
     Args:
-        kept_blocks: original indices, a proper subset of the present ones; with another cut they may stay.
+        kept_blocks: original indices, a proper subset of the present ones; with another cut or narrower blocks all
+            may stay.
         cut: blocks per pipeline stage; None takes the best one by cost.
+        narrow: heads and MLP channels that stay, by original index of the block; others stay as they are.
 
     Returns:
         The new engine and what it has cost.
 
     Raises:
-        ValueError: on all ranks, when `kept_blocks` is not a proper non-empty subset of the present blocks.
+        ValueError: on all ranks, when `kept_blocks` is not a proper non-empty subset of the present blocks, or a head
+            or channel that shall stay is not there.
         RuntimeError: on all ranks, in the middle of an accumulation of gradients.
+        DistributedError: on all ranks, when they do not ask for the same.
     """
     start = time.perf_counter()
-    moves = cut is not None and cut != engine.cut and set(kept_blocks) == set(engine.kept_blocks)
-    if not kept_blocks or not (moves or set(kept_blocks) < set(engine.kept_blocks)):
-        raise ValueError(f"cannot keep blocks {list(kept_blocks)} of {list(engine.kept_blocks)}: not a proper subset.")
+    kept_blocks, narrow = tuple(sorted(kept_blocks)), dict(sorted((narrow or {}).items()))
+    asked = [list(kept_blocks), cut, [[block, stays.heads, stays.channels] for block, stays in narrow.items()]]
+    comm.assert_same_on_all_ranks(asked, "the resize that is asked for")
+    model_config = model_after(engine, kept_blocks, narrow, cut)
     if engine.ds.micro_steps % engine.ds.gradient_accumulation_steps():
         raise RuntimeError("a resize must stand between optimizer steps, not inside a gradient accumulation.")
-    kept_blocks = tuple(sorted(kept_blocks))
-    cut = next_cut(engine, config, kept_blocks) if cut is None else cut
+    cut = next_cut(engine, config, model_config) if cut is None else cut
     costs = engine.costs
-    comm.assert_same_on_all_ranks([list(kept_blocks), cut, engine.adam_step], "the state before a resize")
-    names = names_after(engine, kept_blocks)
-    step, have = engine.adam_step, engine.layout
-    model_config = replace(engine.model_config, kept_blocks=kept_blocks)
+    comm.assert_same_on_all_ranks([cut, engine.adam_step], "the state before a resize")
+    names, smaller = names_after(engine, kept_blocks), selections(engine.model_config, narrow)
+    step, have = engine.adam_step, [narrowed_ranges(ranges, smaller) for ranges in engine.layout]
     settings = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
-    parked = park(engine, names, comm.device() if config.resize.park == "device" else torch.device("cpu"))
+    parked = park(engine, names, comm.device() if config.resize.park == "device" else torch.device("cpu"), smaller)
     building = time.perf_counter()
     destroy_engine(engine)
     new = build_engine(config, model_config, cut, costs)
@@ -112,6 +121,24 @@ def resize(
     minimum = missing_bytes(have, new.layout)
     seconds = time.perf_counter() - start
     return new, ResizeReport(seconds, built - building, total, minimum, framework_bytes(new))
+
+
+def model_after(
+    engine: Engine, kept_blocks: tuple[int, ...], narrow: Mapping[int, Narrowing], cut: Cut | None
+) -> ModelConfig:
+    """The architecture that a resize leads to. Local.
+
+    Raises:
+        ValueError: see `resize`.
+    """
+    present = engine.kept_blocks
+    problem = f"cannot keep blocks {list(kept_blocks)} of {list(present)}: not a proper subset"
+    if not kept_blocks or len(set(kept_blocks)) < len(kept_blocks) or not set(kept_blocks) <= set(present):
+        raise ValueError(f"{problem}.")
+    model_config = narrowed(engine.model_config, kept_blocks, narrow)
+    if model_config == engine.model_config and cut in (None, engine.cut):
+        raise ValueError(f"{problem}, no block gets narrower, and no other cut is asked for.")
+    return model_config
 
 
 def framework_bytes(engine: Engine) -> int:

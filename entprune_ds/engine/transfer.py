@@ -6,7 +6,7 @@ freed while it is parked, and what arrives is written at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from entprune_ds import comm
 from entprune_ds.engine.build import Engine
 from entprune_ds.engine.state import KEYS, Piece, create_adam_state, push_weights, state_tensor
+from entprune_ds.pruning.surgery import Selection
 
 Range = tuple[str, int, int]
 BYTES_PER_ELEMENT = 4 * len(KEYS)
@@ -35,20 +36,29 @@ class ParkedPiece:
         return {key: value[start - self.start : stop - self.start] for key, value in self.values.items()}
 
 
-def park(engine: Engine, names: Iterable[str], where: torch.device) -> list[ParkedPiece]:
+def park(
+    engine: Engine, names: Iterable[str], where: torch.device, narrow: Mapping[str, Selection]
+) -> list[ParkedPiece]:
     """Take this rank's state of the named parameters out of an engine, which loses it. Local.
 
     One key after the other is copied and its old buffers are freed, so that the peak is a quarter above the old
     partition at most.
+
+    Args:
+        names: parameters that survive.
+        where: device of the copies.
+        narrow: what stays of those that get smaller.
     """
     wanted = set(names)
-    parked = [ParkedPiece(p.name, p.start, p.stop, {}) for p in engine.pieces if p.name in wanted]
     kept = [p for p in engine.pieces if p.name in wanted]
+    parked = [ParkedPiece(*part, {}) for part in narrowed_ranges([(p.name, p.start, p.stop) for p in kept], narrow)]
     flats = {id(p.flat): p.flat for p in engine.pieces}.values()
     for key in ("exp_avg", "exp_avg_sq", "ema", "weight"):
         for piece, target in zip(kept, parked, strict=True):
             old = state_tensor(piece, key, engine.optimizer, engine.ema)
-            target.values[key] = old.detach().to(where, copy=True)
+            if piece.name in narrow:
+                old = old[narrow[piece.name].mask(piece.start, piece.stop).to(old.device)]  # a copy
+            target.values[key] = old.detach().to(where, copy=piece.name not in narrow)
             if key == "ema":
                 del engine.ema[piece.name]
         for flat in flats:
@@ -94,6 +104,14 @@ def _write(engine: Engine, piece: Piece, start: int, values: dict[str, Tensor]) 
     for key, value in values.items():
         place = state_tensor(piece, key, engine.optimizer, engine.ema)
         place[start - piece.start : start - piece.start + value.numel()].copy_(value)
+
+
+def narrowed_ranges(ranges: Iterable[Range], narrow: Mapping[str, Selection]) -> list[Range]:
+    """Where the elements of each range lie in its parameter once that is narrowed."""
+    return [
+        (n, narrow[n].before(start), narrow[n].before(stop)) if n in narrow else (n, start, stop)
+        for n, start, stop in ranges
+    ]
 
 
 def missing_bytes(have: list[list[Range]], want: list[list[Range]]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import compress
 
 import torch
@@ -74,10 +73,9 @@ class ShardedView:
         self.engine, self.key, self.dtype, self.device = engine, key, dtype, comm.device()
         config = engine.model_config
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            self.stem = DiT(replace(config, kept_blocks=()))
-            self.spare = build_block(config)
-        for module in (self.stem, self.spare):
-            module.to(self.device, dtype).requires_grad_(False).eval()
+            self.stem = DiT(config.keeping(()))
+        self.stem.to(self.device, dtype).requires_grad_(False).eval()
+        self.spare, self.spare_widths = nn.Module(), (0, 0)
         names = [n for n in engine.shapes if not n.startswith("blocks.")]
         _load(self.stem, gather_full(engine, names, key))
         self.gathers = 0
@@ -96,6 +94,11 @@ class ShardedView:
         prefix = f"blocks.{index}."
         names = [n for n in self.engine.shapes if n.startswith(prefix)]
         full = gather_full(self.engine, names, self.key)
+        config, widths = self.engine.model_config, self.engine.model_config.widths(index)
+        if widths != self.spare_widths:
+            with torch.device("meta"):
+                self.spare, self.spare_widths = build_block(config, index), widths
+            self.spare.to_empty(device=self.device).to(self.dtype).requires_grad_(False).eval()
         _load(self.spare, {n.removeprefix(prefix): t for n, t in full.items()})
         self.gathers += 1
         comm.mark_progress()

@@ -22,7 +22,7 @@ from entprune_ds.interop.diffusers import (
     diffusers_shapes,
     positions,
 )
-from entprune_ds.interop.source import Source
+from entprune_ds.interop.source import Source, check_full_width
 from entprune_ds.interop.tensors import write_tensors
 
 SCHEDULER = {
@@ -53,8 +53,9 @@ def write_diffusers(out: Path, source: Source, vae: Path | None = None) -> tuple
         ValueError: an architecture that diffusers has no setting for, or a folder that holds no VAE.
         OSError: when it cannot be written.
     """
+    check_full_width(source, "diffusers")
     m = source.model
-    if m.hidden_size * 4 != int(m.hidden_size * m.mlp_ratio):
+    if m.hidden_size * 4 != m.mlp_size:
         raise ValueError(f"diffusers' DiT has mlp_ratio 4 only, this model has {m.mlp_ratio}.")
     if vae is not None and not {"config.json", WEIGHTS} <= {p.name for p in vae.glob("*")}:
         raise ValueError(f"`vae`: {vae} is not the folder of a VAE: config.json or {WEIGHTS} is missing.")

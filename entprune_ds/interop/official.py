@@ -17,7 +17,7 @@ from entprune_ds.config import ModelConfig
 from entprune_ds.interop.beside import read_beside, write_beside
 from entprune_ds.interop.deviation import deviation_text, formula_deviation
 from entprune_ds.interop.infer import disagreement, infer_architecture
-from entprune_ds.interop.source import Source
+from entprune_ds.interop.source import Source, check_full_width
 from entprune_ds.interop.tensors import Reader, Shapes, key_report, open_tensors, parameter_shapes
 from entprune_ds.interop.torch_file import read_torch_file, write_torch_file
 from entprune_ds.models.layers import NORM_EPS, position_embedding
@@ -77,10 +77,11 @@ def write_official(out: Path, source: Source) -> tuple[Path, dict[str, Any], lis
 
     Raises:
         OSError: when it cannot be written.
-        ValueError: for a name that does not end in .pt.
+        ValueError: for a name that does not end in .pt, or a model with narrow blocks.
     """
     if out.suffix != ".pt":
         raise ValueError(f"`out` must end in .pt for the official format, got {out}.")
+    check_full_width(source, "official")
     m = source.model
     notes = [f"The official code loads it with depth={len(m.blocks)}; nothing else changes."]
     deviation = formula_deviation(source, frequency_shift=0.0, norm_eps=NORM_EPS)

@@ -66,7 +66,20 @@ def keep_blocks(source: Source, kept: tuple[int, ...]) -> Source:
     if not dropped:
         return source
     note = f"Dropped blocks {dropped}: depth {len(kept)} of originally {source.model.depth}."
-    return replace(source, model=replace(source.model, kept_blocks=kept), notes=(*source.notes, note))
+    return replace(source, model=source.model.keeping(kept), notes=(*source.notes, note))
+
+
+def check_full_width(source: Source, format: str) -> None:
+    """Refuse narrow blocks in a format that has one width for all.
+
+    Raises:
+        ValueError: naming the narrow blocks.
+    """
+    narrow = [block for block, _, _ in source.model.block_widths]
+    if narrow:
+        message = f"the {format} format has one number of heads and of MLP channels for all blocks, but of this model "
+        message += f"blocks {narrow} are narrower. Use format=entprune, or drop them with model.kept_blocks=[...]."
+        raise ValueError(message)
 
 
 def change_classes(source: Source, num_classes: int, seed: int) -> Source:

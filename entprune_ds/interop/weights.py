@@ -49,8 +49,8 @@ def open_weights(
         return open_diffusers(path, given)
     if path.is_dir():
         source = open_export(path)
-        known = to_dict(source.model)
-        wrong = [k for k, v in given.items() if k not in ("num_classes", "kept_blocks") and known.get(k) != v]
+        known = vars(source.model)
+        wrong = [k for k, v in given.items() if k not in ("num_classes", "kept_blocks") and known[k] != v]
         if wrong:
             values = ", ".join(f"`model.{k}` is {given[k]}, but {path} has {known[k]}" for k in wrong)
             raise ValueError(f"{values}. Leave them out.")
@@ -92,7 +92,7 @@ def starting_problems(wanted: ModelConfig, diffusion: DiffusionConfig, path: Pat
 
 def architecture_problems(wanted: ModelConfig, found: ModelConfig, path: Path) -> list[str]:
     """How the architecture of some weights differs from a config, both values listed; empty when it fits."""
-    a, b = to_dict(wanted), to_dict(found)
+    a, b = to_dict(wanted), to_dict(found.keeping(wanted.blocks))
     keys = [k for k in a if k not in (*NOT_ARCHITECTURE, "kept_blocks") and a[k] != b[k]]
     problems = []
     for key in keys:

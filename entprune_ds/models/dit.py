@@ -35,7 +35,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.register_buffer("pos_embed", position_embedding(config.hidden_size, self.side), persistent=False)
-        self.blocks = nn.ModuleDict({str(i): build_block(config) for i in config.blocks})
+        self.blocks = nn.ModuleDict({str(i): build_block(config, i) for i in config.blocks})
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.head_channels)
 
     def embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,9 +65,10 @@ class DiT(nn.Module):
         return self.head(self.run_blocks(x, c), c)
 
 
-def build_block(config: ModelConfig) -> Block:
-    """One block of the architecture, with random values."""
-    return Block(config.hidden_size, config.num_heads, config.mlp_ratio, config.norm_eps)
+def build_block(config: ModelConfig, index: int) -> Block:
+    """The block of this original index, as wide as it is in the architecture, with random values."""
+    num_heads, mlp_size = config.widths(index)
+    return Block(config.hidden_size, num_heads, config.head_size, mlp_size, config.norm_eps)
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

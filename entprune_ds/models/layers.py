@@ -79,18 +79,18 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention through scaled_dot_product_attention."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    def __init__(self, hidden_size: int, num_heads: int, head_size: int):
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.num_heads, self.head_size = num_heads, head_size
+        self.qkv = nn.Linear(hidden_size, 3 * num_heads * head_size)
+        self.proj = nn.Linear(num_heads * head_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, tokens, dim = x.shape  # (N,T,D)
-        qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N,heads,T,D/heads)
+        n, tokens, _ = x.shape  # (N,T,D)
+        qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, self.head_size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N,heads,T,head_size)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(n, tokens, dim))
+        return self.proj(x.transpose(1, 2).reshape(n, tokens, self.num_heads * self.head_size))
 
 
 class Mlp(nn.Module):
@@ -111,12 +111,12 @@ class Block(nn.Module):
     norm_eps is that of the norm before the MLP alone: the only one that diffusers configures.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, norm_eps: float = NORM_EPS):
+    def __init__(self, hidden_size: int, num_heads: int, head_size: int, mlp_size: int, norm_eps: float = NORM_EPS):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, head_size)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

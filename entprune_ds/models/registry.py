@@ -56,11 +56,14 @@ def count_macs(config: ModelConfig) -> int:
     """
     tokens, width = (config.input_size // config.patch_size) ** 2, config.hidden_size
     patch = config.patch_size**2
-    mlp = int(width * config.mlp_ratio)
-    block = tokens * (4 * width * width + 2 * width * mlp)  # qkv, output projection, MLP
-    block += 2 * tokens * tokens * width  # scores and weighted values
-    block += 6 * width * width  # adaLN, once per example
+    blocks = 0
+    for index in config.blocks:
+        heads, mlp = config.widths(index)
+        inner = heads * config.head_size
+        blocks += tokens * (4 * width * inner + 2 * width * mlp)  # qkv, output projection, MLP
+        blocks += 2 * tokens * tokens * inner  # scores and weighted values
+        blocks += 6 * width * width  # adaLN, once per example
     head_channels = config.in_channels * (2 if config.learn_sigma else 1)
     ends = tokens * patch * width * (config.in_channels + head_channels)
     conditioning = TimestepEmbedder.frequency_size * width + width * width + 2 * width * width
-    return len(config.blocks) * block + ends + conditioning
+    return blocks + ends + conditioning

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from entprune_ds.config import digest as digest_of
+from entprune_ds.pruning.surgery import Narrowing
+
+LATER: dict[str, Any] = {"cut": None, "narrow": {}}
+"""Fields that older records do not have, and their empty values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +45,17 @@ class PruneDecision:
     """Whether this is a record of what would be done: nothing was removed."""
     cut: tuple[int, ...] | None = None
     """Blocks per pipeline stage from now on; None without a pipeline."""
+    narrow: dict[int, Narrowing] = field(default_factory=dict)
+    """Attention heads and MLP channels that stay, by block; blocks that are not named stay as wide as they are."""
 
     def __post_init__(self) -> None:
-        for field in ("kept_before", "dropped", "kept_blocks", "order"):
-            object.__setattr__(self, field, tuple(int(b) for b in getattr(self, field)))
+        for name in ("kept_before", "dropped", "kept_blocks", "order"):
+            object.__setattr__(self, name, tuple(int(b) for b in getattr(self, name)))
         if self.cut is not None:
             object.__setattr__(self, "cut", tuple(int(count) for count in self.cut))
-        for field in ("scores", "candidates"):
-            object.__setattr__(self, field, _plain(getattr(self, field)))
+        for name in ("scores", "candidates"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        object.__setattr__(self, "narrow", {int(b): Narrowing(**_fields(n)) for b, n in sorted(self.narrow.items())})
         before = list(self.kept_before)
         if sorted(self.dropped + self.kept_blocks) != before or sorted(self.order) != before:
             raise ValueError(
@@ -65,12 +72,22 @@ class PruneDecision:
                 f"decision of check {self.check}: the cut {list(self.cut)} does not add up to the number of kept "
                 f"blocks, {len(self.kept_blocks)}."
             )
+        if not set(self.narrow) <= set(self.kept_blocks):
+            raise ValueError(
+                f"decision of check {self.check}: it narrows blocks {list(self.narrow)}, which must be among the kept "
+                f"blocks, {list(self.kept_blocks)}."
+            )
+
+    @property
+    def removes(self) -> bool:
+        """Whether anything goes: blocks, heads or MLP channels."""
+        return bool(self.dropped or self.narrow)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON of all fields; without `cut` where there is none, as in older records."""
+        """SHA-256 of the canonical JSON of all fields; without those of LATER where they are empty."""
         values = _plain(asdict(self))
-        return digest_of({k: v for k, v in values.items() if k != "cut" or v is not None})
+        return digest_of({k: v for k, v in values.items() if k not in LATER or v != LATER[k]})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values of one line of decisions.jsonl, the digest last."""
@@ -83,7 +100,7 @@ class PruneDecision:
         Raises:
             ValueError: when a field is missing, unknown or inconsistent, or the digest does not fit.
         """
-        values = {"cut": None} | values  # older records have none
+        values = LATER | values
         names = {field.name for field in fields(cls)}
         wrong = sorted(set(values) ^ (names | {"digest"}))
         if wrong:
@@ -95,6 +112,10 @@ class PruneDecision:
                 "the record was changed. Restore decisions.jsonl from the checkpoint."
             )
         return decision
+
+
+def _fields(stays: Narrowing | dict[str, Any]) -> dict[str, Any]:
+    return stays if isinstance(stays, dict) else vars(stays)
 
 
 def _plain(value: Any) -> Any:

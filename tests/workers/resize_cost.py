@@ -19,6 +19,7 @@ from entprune_ds.engine.checkpoint import load_checkpoint, read_checkpoint, save
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.models.dit import DiT
+from entprune_ds.pruning.surgery import Narrowing
 from tests.tiny import tiny_config, tiny_draws
 from tests.workers.resize import train_steps
 
@@ -86,7 +87,8 @@ def largest(zero_stage: int, ds_config: str, folder: str) -> dict:
     train_steps(engine, config, 0, 1)
     found, before = {}, engine.layout
     with Largest() as seen:
-        engine, _ = resize(engine, config, engine.kept_blocks[2:])
+        narrow = {5: Narrowing(heads=(1,), channels=tuple(range(0, 256, 3)))}
+        engine, _ = resize(engine, config, engine.kept_blocks[2:], narrow=narrow)
     found["resize"] = [seen.numel, seen.where]
     whole = sum(torch.Size(s).numel() for s in engine.shapes.values())
     first = engine.kept_blocks[0]
