@@ -175,15 +175,16 @@ def gathered_parameters(zero: dict[str, Any], parameters: int, block: int) -> in
     return min(parameters, stays + min(live, int(zero.get("stage3_prefetch_bucket_size", 5e7))) + block)
 
 
-def activation_bytes(model: ModelConfig, plan: Plan, stage: int) -> int:
+def activation_bytes(model: ModelConfig, plan: Plan, pipe_stage: int) -> int:
     """What the backward passes of one pipeline stage wait for, of all its micro-batches in flight."""
     block, ends = example_activations(replace(model, weights="", kept_blocks=None, depth=1), plan.dtype)
     tokens = (model.input_size // model.patch_size) ** 2
     carried = (tokens + 1) * model.hidden_size * plan.dtype.itemsize  # tokens and conditioning between two stages
     stages, ckpt = len(plan.cut), model.activation_checkpointing
-    held = plan.cut[stage] * (carried if ckpt else block) + (ends if stage in (0, stages - 1) else 0)
+    held = plan.cut[pipe_stage] * (carried if ckpt else block)
+    held += ends if pipe_stage in (0, stages - 1) else 0
     held += 2 * carried if stages > 1 else 0
-    in_flight = min(stages - stage, plan.accumulation)
+    in_flight = min(stages - pipe_stage, plan.accumulation)
     return plan.micro_batch * (in_flight * held + (block if ckpt else 0))
 
 
