@@ -190,7 +190,7 @@ CASE = {"ds_config": "zero1_fp32", "hidden_size": 320, "depth": 8, "micro_batch"
 
 
 def test_a_real_peak_and_the_layouts_of_real_ranks(tmp_path):
-    topologies = [[0, 1], [1, 1], [3, 1], [1, 2]]
+    topologies = [[1, 1], [3, 1], [1, 2]]
     first, second = run_ranks(
         "tests.workers.estimate:peak_and_layouts", 2, case=CASE, topologies=topologies, folder=str(tmp_path)
     )
@@ -265,8 +265,17 @@ def test_the_dry_run_prints_memory_and_time_for_every_topology(name, ranks, stag
 
 
 def test_only_the_first_rank_prints_and_compile_is_named(monkeypatch, capsys):
-    assert train.main(["preset=digits", "model.compile=true", "--dry-run"]) == 0
+    assert train.main(["preset=digits", "data.shards=", "model.compile=true", "--dry-run"]) == 0
     assert "# model.compile is not accounted for" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
-    assert train.main(["preset=digits", "--dry-run"]) == 0
+    assert train.main(["preset=digits", "data.shards=", "--dry-run"]) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"), [("WORLD_SIZE", "many"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "-8")]
+)
+def test_a_number_of_ranks_that_is_none_is_refused(variable, text, monkeypatch, capsys):
+    monkeypatch.setenv(variable, text)
+    assert train.main(["preset=sit_xl2_256", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: `{variable}` is {text!r}; set it to a number of ranks")

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from entprune_ds import estimate
-from entprune_ds.config import Config, load_config, to_yaml
+from entprune_ds.config import Config, ConfigError, load_config, to_yaml
 from entprune_ds.data.index import load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.interop.weights import open_weights
@@ -28,14 +28,23 @@ def describe(words: list[str]) -> int:
     Raises:
         ConfigError: listing every problem.
     """
+    world_size, local = _number("WORLD_SIZE", 1), _number("LOCAL_WORLD_SIZE", 0)
     config = load_config(words, check=partial(training_problems, data_needed=False))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if os.environ.get("RANK", "0") == "0":
         print(to_yaml(config), end="")
         print(f"# {count_parameters(config.model):,} parameters")
-        print(*layout_lines(config, world_size), *need_lines(config, world_size), sep="\n")
+        print(*layout_lines(config, world_size), *need_lines(config, world_size, local), sep="\n")
         print(_data_line(config), _weights_line(config), sep="\n")
     return 0
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < min(1, default):
+        raise ConfigError(
+            [f"`{variable}` is {text!r}; set it to a number of ranks, or take it out of the environment."]
+        )
+    return int(text)
 
 
 def layout_lines(config: Config, world_size: int) -> list[str]:
@@ -49,15 +58,18 @@ def layout_lines(config: Config, world_size: int) -> list[str]:
     return [f"{line} {plan.accumulation}", *([even] if stages > 1 else [])]
 
 
-def need_lines(config: Config, world_size: int) -> list[str]:
-    """Memory of a rank, what a resize takes, and where the constants come from."""
+def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
+    """Memory of a rank, what a resize takes, and where the constants come from.
+
+    Args:
+        local: ranks of a node, when they are known.
+    """
     constants = estimate.load_constants()
     stages = estimate.rank_memory(config, world_size, constants)
     memory = max(stages, key=lambda m: m.total)
     number = f" of pipeline stage {stages.index(memory)}, the largest" if len(stages) > 1 else ""
     lines = [f"# memory of one rank{number}, estimated, above a process that has only imported everything:"]
     lines += [f"#   {label:<22}{_size(getattr(memory, field)):>12}" for field, label in ROWS.items()]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     node = f", {_size(local * memory.host)} on a node of {local} ranks" if local else ""
     if memory.offloaded:
         what = f"{_size(memory.total - memory.host)} on the device, {_size(memory.host)} in host memory"
@@ -68,14 +80,14 @@ def need_lines(config: Config, world_size: int) -> list[str]:
         )
     if config.model.compile:
         lines.append("# model.compile is not accounted for")
-    return lines + _resize_lines(config, world_size, constants) + _source_lines(constants)
+    return lines + _resize_lines(config, world_size, local, constants) + _source_lines(constants)
 
 
-def _resize_lines(config: Config, world_size: int, constants: dict) -> list[str]:
+def _resize_lines(config: Config, world_size: int, local: int, constants: dict) -> list[str]:
     resize = estimate.resize_estimate(config, world_size, constants)
     if resize is None:
         return ["# a resize: none, no block can go"]
-    depth, local = len(config.model.blocks), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    depth = len(config.model.blocks)
     node = f" ({_size(local * resize.parked)} on a node of {local} ranks)" if local else ""
     where = "host memory" if config.resize.park == "host" else "the memory of the device"
     return [
