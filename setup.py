@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["entprune_ds", "entprune_ds.*"]) + ["entprune_ds.ds_configs"],
     package_dir={"entprune_ds.ds_configs": "ds_configs"},
-    package_data={"entprune_ds": ["presets/*.yaml"], "entprune_ds.ds_configs": ["*.json"]},
+    package_data={"entprune_ds": ["presets/*.yaml", "estimate.json"], "entprune_ds.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",

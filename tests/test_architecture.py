@@ -31,7 +31,7 @@ FLOORS = (
     ),
     ("models", "diffusion", "importance", "pruning"),
     ("data", "interop", "engine", "monitor", "evaluation"),
-    ("coordinator", "faults", "launcher", "preflight", "validation", "export", "environment", "rollback"),
+    ("coordinator", "estimate", "faults", "launcher", "preflight", "validation", "export", "environment", "rollback"),
     ("run_state", "run_view", "trainer"),
     ("cli",),
 )

@@ -211,7 +211,7 @@ def measure_costs(config: Config, model_config: ModelConfig, num_stages: int, re
         _seconds(lambda: stem.head(x, c), [x, c, *head_weights], repeats),
         *(_seconds(partial(run_block, b), [x, c, *b.parameters()], repeats) for b in (block, *kinds.values())),
     ]
-    held = x.nbytes if m.activation_checkpointing else _saved_bytes(lambda: block(x, c))
+    held = x.nbytes if m.activation_checkpointing else saved_bytes(block, x, c)
     ranks = comm.all_gather_json([int(1e9 * seconds) for seconds in times])
     stem_cost, head_cost, block_cost, *costs = (int(statistics.median(column)) for column in zip(*ranks, strict=True))
     narrow = tuple((*widths, cost) for widths, cost in zip(kinds, costs, strict=True))
@@ -250,17 +250,20 @@ def _timed(work: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def _saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes that the backward pass keeps, parameters apart."""
+def saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
+    """Bytes that the backward pass keeps of a forward pass of `module`, its parameters apart."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}  # also their transposes
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward()
+        output = module(*inputs)  # alive until all is counted, or an address could come twice
+    del output
     return sum(kept.values())
 
 

@@ -1,0 +1,132 @@
+"""`train --dry-run`: what the settings, the data and the weights amount to, and what the run will need."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+from entprune_ds import estimate
+from entprune_ds.config import Config, ConfigError, load_config, to_yaml
+from entprune_ds.data.index import load_index
+from entprune_ds.engine.checkpoint import step_folders
+from entprune_ds.interop.weights import open_weights
+from entprune_ds.models.registry import count_parameters
+from entprune_ds.preflight import training_problems
+from entprune_ds.redact import redacted
+
+ROWS = {
+    "weights": "weights", "gradients": "gradients", "master": "fp32 weights", "moments": "Adam moments", "ema": "EMA",
+    "activations": "activations", "gathered": "gathered blocks", "buffers": "buffers", "total": "total",
+}  # fmt: skip
+"""Fields of estimate.Memory and what they are called."""
+
+
+def describe(words: list[str]) -> int:
+    """Print the resolved settings and what they mean, checked as for a start; returns the exit status.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    world_size, local = _number("WORLD_SIZE", 1), _number("LOCAL_WORLD_SIZE", 0)
+    config = load_config(words, check=partial(training_problems, data_needed=False))
+    if os.environ.get("RANK", "0") == "0":
+        print(to_yaml(config), end="")
+        print(f"# {count_parameters(config.model):,} parameters")
+        print(*layout_lines(config, world_size), *need_lines(config, world_size, local), sep="\n")
+        print(_data_line(config), _weights_line(config), sep="\n")
+    return 0
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < min(1, default):
+        raise ConfigError(
+            [f"`{variable}` is {text!r}; set it to a number of ranks, or take it out of the environment."]
+        )
+    return int(text)
+
+
+def layout_lines(config: Config, world_size: int) -> list[str]:
+    """How the run lies on its ranks."""
+    plan = estimate.plan_of(config, world_size)
+    stages = len(plan.cut)
+    ranks = f"{stages} stage(s) x {plan.dp_size}" if stages > 1 else f"{world_size}"
+    line = f"# ZeRO-{plan.zero_stage}, {ranks} rank(s) x micro-batch {plan.micro_batch} x accumulation"
+    cut = "+".join(map(str, plan.cut))
+    even = f"# blocks per stage: {cut}, an even cut; the run cuts by measured cost"
+    return [f"{line} {plan.accumulation}", *([even] if stages > 1 else [])]
+
+
+def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
+    """Memory of a rank, what a resize takes, and where the constants come from.
+
+    Args:
+        local: ranks of a node, when they are known.
+    """
+    constants = estimate.load_constants()
+    stages = estimate.rank_memory(config, world_size, constants)
+    memory = max(stages, key=lambda m: m.total)
+    number = f" of pipeline stage {stages.index(memory)}, the largest" if len(stages) > 1 else ""
+    lines = [f"# memory of one rank{number}, estimated, above a process that has only imported everything:"]
+    lines += [f"#   {label:<22}{_size(getattr(memory, field)):>12}" for field, label in ROWS.items()]
+    node = f", {_size(local * memory.host)} on a node of {local} ranks" if local else ""
+    if memory.offloaded:
+        what = f"{_size(memory.total - memory.host)} on the device, {_size(memory.host)} in host memory"
+        lines.append(f"# of it {what}{node} (fp32 weights, Adam moments, EMA)")
+    if memory.reserved:
+        lines.append(
+            f"# on a GPU {_size(memory.reserved)} more: zero_optimization.reduce_bucket_size is allocated whole"
+        )
+    if config.model.compile:
+        lines.append("# model.compile is not accounted for")
+    return lines + _resize_lines(config, world_size, local, constants) + _source_lines(constants)
+
+
+def _resize_lines(config: Config, world_size: int, local: int, constants: dict) -> list[str]:
+    resize = estimate.resize_estimate(config, world_size, constants)
+    if resize is None:
+        return ["# a resize: none, no block can go"]
+    depth = len(config.model.blocks)
+    node = f" ({_size(local * resize.parked)} on a node of {local} ranks)" if local else ""
+    where = "host memory" if config.resize.park == "host" else "the memory of the device"
+    return [
+        f"# a resize from {depth} to {resize.depth} blocks: about {resize.seconds:.2g} s; between ranks travel",
+        f"#   {_size(resize.moved)} of state, and a rank parks at most {_size(resize.parked)} in {where}{node}",
+    ]
+
+
+def _source_lines(constants: dict) -> list[str]:
+    m = constants["measured"]
+    held_out = f"largest error of the total {m['largest_error']:.0%} over {m['held_out_cases']} runs not used for them"
+    return [
+        f"# constants: CPU runs of {m['date']} on {m['machine']}, torch {m['torch']}, deepspeed {m['deepspeed']};",
+        f"#   {held_out}. Times are of that machine; measure yours: python tools/measure_memory.py --write",
+    ]
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _data_line(config: Config) -> str:
+    if not config.data.shards:
+        return "# data: none given yet (data.shards)"
+    index = load_index(config.data.shards, config.data.allow_pipe)
+    shape = "x".join(map(str, index.shape))
+    counts = f"{index.total:,} examples in {len(index.shards):,} shards, {index.num_classes:,} classes"
+    return f"# data: {counts}, {index.kind} of shape {shape}: {redacted(config.data.shards)}"
+
+
+def _weights_line(config: Config) -> str:
+    checkpoints = step_folders(config.run_dir / "checkpoints")
+    if checkpoints:
+        return f"# weights: {config.run_dir} goes on from {checkpoints[-1].name}"
+    if not config.model.weights:
+        return f"# weights: random, seed {config.run.seed}"
+    source = open_weights(Path(config.model.weights), assumed=config.model)
+    m, facts = source.model, source.facts
+    size = f"{m.process}, patch {m.patch_size}, width {m.hidden_size}, {m.num_heads} heads"
+    depth = f"depth {len(m.blocks)} of {m.depth}"
+    return f"# weights: {size}, {depth}, step {facts['step']}, {facts['weights']}: {config.model.weights}"
