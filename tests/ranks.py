@@ -86,6 +86,7 @@ def _main() -> None:
     import torch
 
     from entprune_ds import comm
+    from entprune_ds.cli.common import leave
 
     torch.set_num_threads(1)
     module, function = target.split(":")
@@ -94,6 +95,7 @@ def _main() -> None:
     result.write_text(json.dumps(value))
     comm.barrier()
     comm.shutdown()
+    leave(0)
 
 
 if __name__ == "__main__":
