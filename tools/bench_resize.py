@@ -3,6 +3,7 @@
 A model of width 384 goes from 28 to 14 blocks in four removals. Both figures reach from the end of the last
 step before a removal to the end of the first step after it, without scoring: `resize` stays in its processes;
 `relaunch` saves a checkpoint, ends them, starts new ones and loads (warm caches, files not verified).
+Both contain one training step, which is most of a resize on a slow machine; *_overhead_seconds are without it.
 
   python tools/bench_resize.py --json
 """
@@ -91,7 +92,7 @@ def live(mode: str, width: int, folder: Path) -> dict[str, Any]:
         engine, report = resize(engine, config, kept_at(depth))
         ends = steps_of(engine, config, STEPS)
         seconds.append(ends[0] - before)
-        steps += [b - a for a, b in itertools.pairwise(ends)]
+        steps.append([b - a for a, b in itertools.pairwise(ends)])
         reports.append(report)
         cuts.append(engine.cut)
     if comm.is_main():
@@ -120,7 +121,7 @@ def relaunched(mode: str, width: int, folder: Path, index: int) -> dict[str, Any
         initialize_fresh(engine, seed=0)
     ends = steps_of(engine, config, STEPS)
     save_checkpoint(engine, folder, index, {})
-    return {"first": ends[0], "last": ends[-1]}
+    return {"first": ends[0], "last": ends[-1], "step": statistics.median(b - a for a, b in itertools.pairwise(ends))}
 
 
 def job(arguments: list[str], threads: int) -> dict[str, Any]:
@@ -165,13 +166,18 @@ def measure(mode: str, options: argparse.Namespace) -> dict[str, Any]:
         words = ["--modes", mode, "--width", str(options.width), "--folder", folder]
         found = job(words, options.threads)
         jobs = [job([*words, "--index", str(i)], options.threads) for i in range(len(DEPTHS))]
-    relaunch = statistics.median(b["first"] - a["last"] for a, b in itertools.pairwise(jobs))
-    seconds, step = statistics.median(found["resize_seconds"]), statistics.median(found["step_seconds"])
+    seconds, steps = found["resize_seconds"], [statistics.median(s) for s in found["step_seconds"]]
+    relaunches = [b["first"] - a["last"] for a, b in itertools.pairwise(jobs)]
+    resize, relaunch, step = (statistics.median(s) for s in (seconds, relaunches, steps))
+    resize_overhead = statistics.median(s - step for s, step in zip(seconds, steps, strict=True))
+    overhead = statistics.median(s - b["step"] for s, b in zip(relaunches, jobs[1:], strict=True))
     if options.parts:
         print(json.dumps(found), file=sys.stderr)
     return {
-        "mode": mode, "resize_seconds": seconds, "relaunch_seconds": relaunch, "step_seconds": step,
-        "relaunch_over_resize": relaunch / seconds, "resize_in_steps": seconds / step,
+        "mode": mode, "resize_seconds": resize, "relaunch_seconds": relaunch, "step_seconds": step,
+        "relaunch_over_resize": relaunch / resize, "resize_in_steps": resize / step,
+        "resize_overhead_seconds": resize_overhead, "relaunch_overhead_seconds": overhead,
+        "overhead_ratio": overhead / resize_overhead,
         "bytes_state": sum(found["bytes_state"]), "bytes_minimum": sum(found["bytes_minimum"]),
     }  # fmt: skip
 
