@@ -31,7 +31,17 @@ FLOORS = (
     ),
     ("models", "diffusion", "importance", "pruning"),
     ("data", "interop", "engine", "monitor", "evaluation"),
-    ("coordinator", "estimate", "faults", "launcher", "preflight", "validation", "export", "environment"),
+    (
+        "coordinator",
+        "estimate",
+        "estimate_resize",
+        "faults",
+        "launcher",
+        "preflight",
+        "validation",
+        "export",
+        "environment",
+    ),
     ("run_state", "run_view", "trainer"),
     ("cli",),
 )
