@@ -1,4 +1,4 @@
-"""What a run will need: the memory of a rank and the time of a resize, for any world size; nothing is launched.
+"""What a run will need: the memory of a rank, for any world size; nothing is launched.
 
 What DeepSpeed and we hold by design is counted. What comes on top (buckets, copies in flight, what the allocator keeps)
 is proportional to the parameters, at a rate that tools/measure_memory.py has measured and keeps in estimate.json.
@@ -8,7 +8,6 @@ Bytes are those above a process that has only imported everything; torch.compile
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
@@ -20,14 +19,9 @@ import torch
 from entprune_ds.config import Config, ModelConfig
 from entprune_ds.engine.balance import Cut, layer_parameters, saved_bytes
 from entprune_ds.engine.ds_config import batch_plan, offloads, read_ds_config, stages_at
-from entprune_ds.engine.transfer import BYTES_PER_ELEMENT, Range, missing_bytes
 from entprune_ds.models.dit import DiT, build_block
-from entprune_ds.models.registry import parameter_shapes
-from entprune_ds.pruning.schedule import default_cap
 
 CONSTANTS = Path(__file__).with_name("estimate.json")
-ALIGNMENT = 2
-"""DeepSpeed pads flat groups to a multiple of this many elements per rank."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +81,6 @@ class Memory:
         return sum(parts) + self.buffers
 
 
-@dataclass(frozen=True)
-class ResizeEstimate:
-    """What the removal of some blocks will take."""
-
-    depth: int
-    """Blocks that remain."""
-    parked: int
-    """Bytes of state that a rank parks, at most."""
-    moved: int
-    """Bytes of state that all ranks send each other."""
-    seconds: float
-
-
 def load_constants() -> dict[str, Any]:
     """The measured constants that are shipped."""
     return json.loads(CONSTANTS.read_text())
@@ -125,11 +106,11 @@ def plan_of(config: Config, world_size: int, depth: int | None = None) -> Plan:
     )  # fmt: skip
 
 
-def rank_memory(config: Config, world_size: int, constants: dict[str, Any]) -> list[Memory]:
+def rank_memory(config: Config, world_size: int, rates: dict[str, Any]) -> list[Memory]:
     """Memory of a rank of every pipeline stage; one entry without a pipeline.
 
     Args:
-        constants: of estimate.json; the result is linear in them.
+        rates: `memory` of estimate.json; the result is linear in them.
     """
     plan = plan_of(config, world_size)
     stem, *blocks, head = layer_parameters(config.model)
@@ -137,16 +118,22 @@ def rank_memory(config: Config, world_size: int, constants: dict[str, Any]) -> l
     found = []
     for stage, (first, last) in enumerate(pairwise(bounds)):
         parameters = sum(blocks[first:last]) + stem * (stage == 0) + head * (stage == len(plan.cut) - 1)
-        activations = constants["memory"]["activations"] * activation_bytes(config.model, plan, stage)
-        found.append(_memory(plan, parameters, max(blocks), activations, constants["memory"]["buffers"][plan.key]))
+        held, block = activation_bytes(config.model, plan, stage)
+        activations = held + rates["working_blocks"] * block
+        found.append(_memory(plan, parameters, max(blocks), activations, rates))
     return found
 
 
-def _memory(plan: Plan, parameters: int, block: int, activations: float, rates: dict[str, float]) -> Memory:
+def _memory(plan: Plan, parameters: int, block: int, activations: float, rates: dict[str, Any]) -> Memory:
     item, zero_stage = plan.dtype.itemsize, plan.zero_stage
     part = parameters / plan.dp_size if zero_stage else parameters  # of the optimizer state
     kept = 4 if plan.accumulates_fp32 else item
-    bucket = int(plan.zero.get("reduce_bucket_size", 5e8))
+    gathered = gathered_parameters(plan.zero, parameters, block) if zero_stage == 3 else 0
+    released = parameters - gathered if zero_stage == 3 else 0
+    bucket, rate = int(plan.zero.get("reduce_bucket_size", 5e8)), rates["buffers"][plan.key]
+    buffers = (
+        rate["replicated"] * min(parameters, bucket) + rate["sharded"] * part + rates["released"] * item * released
+    )
     has_bucket = zero_stage > (item == 2 and plan.accumulates_fp32) and plan.zero.get("contiguous_gradients", True)
     unused = max(0, bucket - parameters) if has_bucket else 0  # BF16_Optimizer, of ZeRO-1 in bf16, has none
     twice = 2 if plan.zero.get("overlap_comm", zero_stage == 3) else 1
@@ -157,8 +144,8 @@ def _memory(plan: Plan, parameters: int, block: int, activations: float, rates: 
         moments=int(8 * part),
         ema=int(4 * part),
         activations=int(activations),
-        gathered=item * gathered_parameters(plan.zero, parameters, block) if zero_stage == 3 else 0,
-        buffers=int(rates["replicated"] * min(parameters, bucket) + rates["sharded"] * part),
+        gathered=item * gathered,
+        buffers=int(buffers),
         reserved=twice * item * unused,
         offloaded=plan.offload,
     )
@@ -175,17 +162,19 @@ def gathered_parameters(zero: dict[str, Any], parameters: int, block: int) -> in
     return min(parameters, stays + min(live, int(zero.get("stage3_prefetch_bucket_size", 5e7))) + block)
 
 
-def activation_bytes(model: ModelConfig, plan: Plan, pipe_stage: int) -> int:
-    """What the backward passes of one pipeline stage wait for, of all its micro-batches in flight."""
+def activation_bytes(model: ModelConfig, plan: Plan, pipe_stage: int) -> tuple[int, int]:
+    """What the backward passes of one pipeline stage wait for, of all its micro-batches in flight; one block's part.
+
+    The second figure is what a block keeps of a micro-batch: the unit of what is at work at the same time.
+    """
     block, ends = example_activations(replace(model, weights="", kept_blocks=None, depth=1), plan.dtype)
     tokens = (model.input_size // model.patch_size) ** 2
-    carried = (tokens + 1) * model.hidden_size * plan.dtype.itemsize  # tokens and conditioning between two stages
-    stages, ckpt = len(plan.cut), model.activation_checkpointing
-    held = plan.cut[pipe_stage] * (carried if ckpt else block)
+    carried = (tokens + 1) * model.hidden_size * plan.dtype.itemsize  # tokens and conditioning between two blocks
+    stages = len(plan.cut)
+    held = plan.cut[pipe_stage] * (carried if model.activation_checkpointing else block)
     held += ends if pipe_stage in (0, stages - 1) else 0
     held += 2 * carried if stages > 1 else 0
-    in_flight = min(stages - pipe_stage, plan.accumulation)
-    return plan.micro_batch * (in_flight * held + (block if ckpt else 0))
+    return plan.micro_batch * min(stages - pipe_stage, plan.accumulation) * held, plan.micro_batch * block
 
 
 @cache
@@ -201,73 +190,3 @@ def example_activations(model: ModelConfig, dtype: torch.dtype) -> tuple[int, in
     z_t = torch.zeros(1, model.in_channels, model.input_size, model.input_size, dtype=dtype)
     t, labels = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     return saved_bytes(block, x, c), saved_bytes(ends, z_t, t, labels)
-
-
-def resize_estimate(config: Config, world_size: int, constants: dict[str, Any]) -> ResizeEstimate | None:
-    """The first removal at its largest, or of one block when nothing is pruned; None when no block can go.
-
-    Which blocks go is known only then: here they lie evenly over the depth.
-    """
-    depth, prune = len(config.model.blocks), config.prune
-    target = max(1, depth - 1) if prune.target_depth is None else prune.target_depth
-    cap = prune.max_blocks_per_check or default_cap(depth, target, prune.num_checks)
-    count = min(cap, depth - target)
-    return removal_estimate(config, world_size, evenly(config.model.blocks, count), constants) if count > 0 else None
-
-
-def evenly(blocks: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The blocks that remain when `count` go, evenly over the depth."""
-    gone = {blocks[(2 * i + 1) * len(blocks) // (2 * count)] for i in range(count)}
-    return tuple(b for b in blocks if b not in gone)
-
-
-def removal_estimate(
-    config: Config, world_size: int, kept: tuple[int, ...], constants: dict[str, Any]
-) -> ResizeEstimate:
-    """What it takes to go on with these blocks."""
-    model, rates = replace(config.model, kept_blocks=kept), constants["resize"]
-    old, new = plan_of(config, world_size), plan_of(config, world_size, len(kept))
-    names = parameter_shapes(model)
-    have = [[r for r in ranges if r[0] in names] for ranges in partitions(config.model, old)]
-    want = partitions(model, new)
-    received = [missing_bytes([a], [b]) for a, b in zip(have, want, strict=True)]
-    largest = max(sum(math.prod(names[n]) for n in part) for part in _stage_names(model, new))
-    cost = rates["pipeline" if len(old.cut) > 1 else f"zero{old.zero_stage}"]
-    seconds = cost["seconds"] + cost["seconds_per_parameter"] * largest + rates["seconds_per_byte"] * max(received)
-    parked = BYTES_PER_ELEMENT * max(sum(stop - start for _, start, stop in ranges) for ranges in have)
-    return ResizeEstimate(len(kept), parked, sum(received), seconds)
-
-
-def partitions(model: ModelConfig, plan: Plan) -> list[list[Range]]:
-    """(name, start, stop) of the state that every rank holds; ranks are stage-major, as in engine.layout."""
-    shapes, found = parameter_shapes(model), []
-    for names in _stage_names(model, plan):
-        sizes = {name: math.prod(shapes[name]) for name in names}
-        starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
-        unit = ALIGNMENT * plan.dp_size
-        length = -(-sum(sizes.values()) // unit) * ALIGNMENT  # of a rank's part of the flat group at ZeRO-1/2
-        for rank in range(plan.dp_size):
-            if plan.zero_stage == 0:
-                ranges = [(n, 0, size) for n, size in sizes.items()]
-            elif plan.zero_stage == 3:
-                ranges = [_overlap(n, 0, size, rank, -(-size // plan.dp_size)) for n, size in sizes.items()]
-            else:
-                ranges = [_overlap(n, starts[n], size, rank, length) for n, size in sizes.items()]
-            found.append([(n, start, stop) for n, start, stop in ranges if start < stop])
-    return found
-
-
-def _overlap(name: str, offset: int, size: int, rank: int, length: int) -> Range:
-    """Elements on one rank of a parameter that lies at `offset` of something cut into equal lengths."""
-    return name, max(0, rank * length - offset), min(size, (rank + 1) * length - offset)
-
-
-def _stage_names(model: ModelConfig, plan: Plan) -> list[list[str]]:
-    """Names of the parameters of every pipeline stage."""
-    stages = [stage for stage, count in enumerate(plan.cut) for _ in range(count)]
-    stage_of = {"final_layer": len(plan.cut) - 1} | dict(zip(map(str, model.blocks), stages, strict=True))
-    found: list[list[str]] = [[] for _ in plan.cut]
-    for name in parameter_shapes(model):
-        top, second = name.split(".")[:2]
-        found[stage_of.get(second if top == "blocks" else top, 0)].append(name)
-    return found

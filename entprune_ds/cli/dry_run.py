@@ -6,7 +6,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from entprune_ds import estimate
+from entprune_ds import estimate, estimate_resize
 from entprune_ds.config import Config, ConfigError, load_config, to_yaml
 from entprune_ds.data.index import load_index
 from entprune_ds.engine.checkpoint import step_folders
@@ -65,7 +65,7 @@ def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
         local: ranks of a node, when they are known.
     """
     constants = estimate.load_constants()
-    stages = estimate.rank_memory(config, world_size, constants)
+    stages = estimate.rank_memory(config, world_size, constants["memory"])
     memory = max(stages, key=lambda m: m.total)
     number = f" of pipeline stage {stages.index(memory)}, the largest" if len(stages) > 1 else ""
     lines = [f"# memory of one rank{number}, estimated, above a process that has only imported everything:"]
@@ -84,7 +84,7 @@ def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
 
 
 def _resize_lines(config: Config, world_size: int, local: int, constants: dict) -> list[str]:
-    resize = estimate.resize_estimate(config, world_size, constants)
+    resize = estimate_resize.resize_estimate(config, world_size, constants)
     if resize is None:
         return ["# a resize: none, no block can go"]
     depth = len(config.model.blocks)
@@ -98,10 +98,12 @@ def _resize_lines(config: Config, world_size: int, local: int, constants: dict) 
 
 def _source_lines(constants: dict) -> list[str]:
     m = constants["measured"]
-    held_out = f"largest error of the total {m['largest_error']:.0%} over {m['held_out_cases']} runs not used for them"
     return [
         f"# constants: CPU runs of {m['date']} on {m['machine']}, torch {m['torch']}, deepspeed {m['deepspeed']};",
-        f"#   {held_out}. Times are of that machine; measure yours: python tools/measure_memory.py --write",
+        f"#   largest error of the total over {m['held_out_cases']} runs not used for them: {m['largest_error']:.0%}.",
+        "#   Buffers include what the allocator of the CPU keeps of freed memory. Times are of that machine",
+        f"#   (error {m['largest_error_seconds']:.0%} at most in the runs they are fitted to);",
+        "#   measure yours: python tools/measure_memory.py --write",
     ]
 
 
