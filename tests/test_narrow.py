@@ -217,6 +217,7 @@ def test_impossible_narrowings_are_refused_on_all_ranks_and_change_nothing():
         assert result["same"] and len(result["losses"]) == 2
 
 
+@FULL
 def test_a_decision_to_narrow_is_carried_out_recorded_and_resumed(digits, tmp_path):
     more = ("prune.criterion=explicit", "prune.explicit_order=[0,2,3]", "parallel.ds_config=zero3_fp32",
             "train.keep_checkpoints=1")  # fmt: skip

@@ -56,6 +56,7 @@ def test_a_rollback_undoes_a_removal_once_and_loses_nothing(digits, tmp_path, pr
     assert (run / "metrics.jsonl").read_text().startswith(before)
 
 
+@pytest.mark.full
 def test_a_rollback_with_the_same_settings_repeats_the_run_exactly(digits, tmp_path, pruned):
     run = cut_after(pruned, tmp_path / "again", 12)
     command = words(digits, tmp_path, "again", "prune.rollback=step_00000000", ONE_EACH)
@@ -105,6 +106,7 @@ def test_a_micro_batch_grows_as_blocks_go_and_never_needs_more_memory(depth, pla
     assert batch_plan(lean, 2, depth) == (2, 8)  # there the inputs of 12 blocks are less than a block's activations
 
 
+@pytest.mark.full
 def test_a_run_that_grows_its_micro_batch_trains_the_same_and_resumes_exactly(digits, tmp_path, pruned):
     grow = "prune.regrow_micro_batch=true"
     run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "grown", grow, ONE_EACH)])
