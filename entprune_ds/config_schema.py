@@ -186,7 +186,7 @@ class PruneConfig:
     regrow_micro_batch: bool = False
     """Use the memory that removals free: larger micro-batches and fewer accumulation steps at the same global batch."""
     rollback: str = ""
-    """Go back to the checkpoint before a removal, e.g. step_400; other prune.* settings may then change. Done once."""
+    """Go back to the checkpoint before a removal, e.g. step_400, once; the other prune.* settings may then change."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,14 @@ def resize_estimate(config: Config, world_size: int, constants: dict[str, Any]) 
     target = max(1, depth - 1) if prune.target_depth is None else prune.target_depth
     cap = prune.max_blocks_per_check or default_cap(depth, target, prune.num_checks)
     count = min(cap, depth - target)
-    return removal_estimate(config, world_size, evenly(config.model.blocks, count), constants) if count > 0 else None
+    if count <= 0:
+        return None
+    try:
+        return removal_estimate(config, world_size, evenly(config.model.blocks, count), constants)
+    except ValueError:  # nothing is pruned, so nobody has asked for a pipeline of fewer blocks
+        if prune.target_depth is None:
+            return None
+        raise
 
 
 def evenly(blocks: tuple[int, ...], count: int) -> tuple[int, ...]:

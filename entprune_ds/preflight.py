@@ -129,7 +129,8 @@ def _resume_problems(config: Config) -> list[str]:
             name, was = f"{section}.{key}", before[section][key]
             if value != was and section not in free and name not in FREE_KEYS:
                 message = f"`{name}` is {value}, but {config.run_dir} was started with {was}. "
-                found.append(message + "Use that value, or choose another `run.name`.")
+                back = " go back with `prune.rollback`," if section == "prune" else ""
+                found.append(message + f"Use that value,{back} or choose another `run.name`.")
     steps, old_steps = config.train.num_steps, old.train.num_steps
     if steps < old_steps:
         message = f"`train.num_steps` is {steps}, but {config.run_dir} was started with {old_steps}. "

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from entprune_ds import comm
 from entprune_ds.atomic import write_text
-from entprune_ds.config import Config
-from entprune_ds.engine.checkpoint import file_problems, step_folders
+from entprune_ds.config import Config, PruneConfig, config_from_dict
+from entprune_ds.engine.checkpoint import file_problems, read_checkpoint, step_folders
 from entprune_ds.logs import get_logger
+from entprune_ds.pruning.schedule import default_cap, planned_checks
 
 
 def step_of(name: str) -> int:
@@ -20,26 +23,68 @@ def step_of(name: str) -> int:
 
 
 def rollback_pending(config: Config) -> bool:
-    """Whether this start has to go back: prune.rollback is set, and no earlier start has done it."""
+    """Whether this start has to go back: prune.rollback is set, and no earlier start did so with these settings."""
     if not config.prune.rollback:
         return False
+    stored = _stored(config)
+    return stored is None or _normal(stored.prune) != _normal(config.prune)
+
+
+def rollback_done(config: Config) -> str:
+    """What config.yaml is to say: a start without prune.rollback does not forget what an earlier one has done."""
+    stored = _stored(config)
+    return config.prune.rollback or ("" if stored is None else stored.prune.rollback)
+
+
+def _stored(config: Config) -> Config | None:
     try:
-        stored = yaml.safe_load((config.run_dir / "config.yaml").read_text())
-        return stored["prune"].get("rollback") != config.prune.rollback
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return True
+        return config_from_dict(yaml.safe_load((config.run_dir / "config.yaml").read_text()))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        return None
+
+
+def _normal(prune: PruneConfig) -> PruneConfig:
+    return replace(prune, rollback=prune.rollback and f"step_{step_of(prune.rollback)}")
 
 
 def rollback_problem(config: Config) -> str | None:
-    """Why there is nothing to go back to, with what there is, or None."""
+    """Why there is nothing to go back to, or why going back leads nowhere, with a remedy, or None."""
     if not rollback_pending(config):
         return None
-    names = [p.name for p in step_folders(_root(config))]
-    if step_of(config.prune.rollback) in [step_of(name) for name in names]:
+    root, wanted = _root(config), config.prune.rollback
+    folders = {step_of(p.name): p for p in step_folders(root)}
+    folder = folders.get(step_of(wanted))
+    if folder is None:
+        there = f"There are {', '.join(p.name for p in folders.values())}" if folders else "There is none"
+        message = f"`prune.rollback` is {wanted}, but {root} holds no such checkpoint. {there}"
+        return message + "; those before a removal are always kept."
+    if step_of(wanted) == max(folders) and not list(root.glob("superseded_*")):  # else: interrupted while moving them
+        return f"`prune.rollback`: {folder.name} is the newest checkpoint, there is nothing to undo. Leave it out."
+    try:
+        depth = len(json.loads((folder / "manifest.json").read_text())["kept_blocks"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # roll_back() says that it is damaged
+    return _schedule_problem(config, folder.name, depth)
+
+
+def _schedule_problem(config: Config, name: str, depth: int) -> str | None:
+    prune, full = config.prune, len(config.model.blocks)
+    if prune.target_depth is None or prune.score_only:
         return None
-    there = f"There are {', '.join(names)}" if names else "There is none"
-    message = f"`prune.rollback` is {config.prune.rollback}, but {_root(config)} holds no such checkpoint. {there}"
-    return message + "; those before a removal are always kept."
+    if prune.target_depth > depth:
+        message = f"`prune.target_depth` is {prune.target_depth}, but {name} holds {depth} blocks. Lower it, or give "
+        return message + "`prune.rollback` an earlier checkpoint."
+    left = len([step for step in planned_checks(config) if step >= step_of(name)])
+    cap = prune.max_blocks_per_check or default_cap(full, prune.target_depth, prune.num_checks)
+    if depth - prune.target_depth <= cap * left:
+        return None
+    message = (
+        f"`prune.rollback`: from {name} on, {left} checks of at most {cap} blocks stand before the end, too few to "
+    )
+    message += (
+        f"come from depth {depth} to {prune.target_depth}. Raise `prune.num_checks`, `prune.max_blocks_per_check` "
+    )
+    return message + "or `prune.end_step`."
 
 
 def roll_back(config: Config) -> None:
@@ -58,17 +103,21 @@ def roll_back(config: Config) -> None:
     later = [Path(name) for name in folders if step_of(Path(name).name) > step]
     problems = [p for part in comm.all_gather_json(file_problems(target)) for p in part]
     error = f"`prune.rollback`: {target} is damaged: {problems[0]}. Choose another checkpoint." if problems else None
+    if error is None:
+        try:
+            read_checkpoint(target)
+        except ValueError as problem:  # of a newer version: before anything moves
+            error = str(problem)
     comm.raise_together(error)
     if comm.is_main() and later:
         try:
             write_text(root / "latest", target.name)
-            number = 1 + len(list(root.glob("superseded_*")))
-            aside = root / f"superseded_{number}"
+            taken = [p.name.removeprefix("superseded_") for p in root.glob("superseded_*")]
+            aside = root / f"superseded_{1 + max((int(n) for n in taken if n.isdecimal()), default=0)}"
             aside.mkdir()
             for folder in reversed(later):  # the newest first: a resume in between finds no gap
                 os.replace(folder, aside / folder.name)
-            text = "rolled back to %s; %d later checkpoints are in %s. Unchanged settings remove the same blocks again."
-            get_logger().info(text, target.name, len(later), aside)
+            get_logger().info("rolled back to %s; later checkpoints (%d) are in %s", target.name, len(later), aside)
         except OSError as problem:
             error = f"cannot move later checkpoints in {root}: {problem}. Free space, then run the same command again."
     comm.raise_together(error)

@@ -36,8 +36,8 @@ from entprune_ds.monitor.interface import Monitor
 from entprune_ds.monitor.metrics import metrics_size, open_monitor, rewind_metrics
 from entprune_ds.preflight import validation_spec
 from entprune_ds.pruning.decision import PruneDecision
-from entprune_ds.pruning.schedule import check_steps
-from entprune_ds.rollback import roll_back
+from entprune_ds.pruning.schedule import planned_checks
+from entprune_ds.rollback import roll_back, rollback_done
 
 log = get_logger()
 
@@ -152,7 +152,8 @@ def open_folder(
         try:
             error = check_space(folder, needed_bytes=2 * 16 * count_parameters(config.model))
             data = replace(config.data, allow_pipe=False)  # counts for one command line, not for who reads the folder
-            write_text(folder / "config.yaml", to_yaml(replace(config, data=data)))
+            prune = replace(config.prune, rollback=rollback_done(config))
+            write_text(folder / "config.yaml", to_yaml(replace(config, data=data, prune=prune)))
             command = launch_command(arguments, comm.world_size())
             write_text(folder / "env.json", json.dumps(environment(config, comm.world_size(), command), indent=2))
             for unfinished in (folder / "checkpoints").glob(".writing_*"):
@@ -168,9 +169,10 @@ def open_folder(
 
 
 def rewind_samples(folder: Path, step: int) -> None:
-    """Move pictures of later steps to `superseded`: the report must not show what a resume has left behind."""
+    """Move pictures of later steps, and of the check at this one, to `superseded`: they show what is left behind."""
     for picture in folder.glob("step_*.png"):
-        if int(picture.name.split("_")[1]) > step:
+        number = picture.name.split("_")[1].removesuffix(".png")
+        if number.isdecimal() and (int(number) > step or (int(number) == step and "_check_" in picture.name)):
             (folder / "superseded").mkdir(exist_ok=True)
             picture.replace(folder / "superseded" / picture.name)
 
@@ -199,14 +201,6 @@ def load_weights(engine: Engine, path: Path, model: ModelConfig) -> None:
     for (name, _), count in pieces.items():  # a piece that several ranks hold counts once
         of_tensor[name] += count
     comm.raise_together(non_finite_problem(f"`model.weights` ({path})", of_tensor))
-
-
-def planned_checks(config: Config) -> list[int]:
-    """Steps of the pruning checks; none without a target depth."""
-    prune = config.prune
-    if prune.target_depth is None:
-        return []
-    return check_steps(prune.start_step, prune.end_step or config.train.num_steps, prune.num_checks)
 
 
 def validation_draws(config: Config) -> Draws | None:
@@ -246,7 +240,7 @@ def checkpoint(run: Run) -> None:
     save_checkpoint(run.engine, root, run.step, record)
     run.saved = run.step
     if comm.is_main():
-        before_removal = {d.step for d in run.decisions if d.removes} | {run.step}
+        before_removal = {d.step for d in run.decisions if d.removes and not d.score_only} | {run.step}
         prune_old(root, run.config.train.keep_checkpoints, before_removal)
 
 

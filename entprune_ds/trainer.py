@@ -63,7 +63,7 @@ def loop(run: Run) -> None:
     with progress("train", total=config.train.num_steps, done=run.step) as line:
         run.started = time.monotonic()
         while run.step < config.train.num_steps:
-            if run.step in run.checks and len(run.decisions) <= run.checks.index(run.step):
+            if run.step in run.checks and all(d.step != run.step for d in run.decisions):
                 prune_check(run)
             loss = one_step(run)
             if run.step % config.monitor.log_every == 0:
@@ -133,7 +133,9 @@ def prune_check(run: Run) -> None:
     parts = ShardedView(engine, "weight", getattr(torch, config.prune.score_dtype))
     decision, times = run_check(
         parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
-        recut=lambda d: next_cut(engine, config, narrowed(engine.model_config, d.kept_blocks, d.narrow)),
+        recut=lambda d: None
+        if d.score_only
+        else next_cut(engine, config, narrowed(engine.model_config, d.kept_blocks, d.narrow)),
     )  # fmt: skip
     del parts
     record_decision(run, decision)

@@ -245,9 +245,10 @@ REST = [c for c in itertools.product(SHIPPED, (1, 4, 64), (1, 4)) if c not in QU
 @pytest.mark.parametrize(("name", "ranks", "stages"), [*QUICK, *(pytest.param(*c, marks=FULL) for c in REST)])
 def test_the_dry_run_prints_memory_and_time_for_every_topology(name, ranks, stages, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    words = ["preset=sit_xl2_256", f"parallel.ds_config={name}", f"parallel.pipe_stages={stages}", "--dry-run"]
-    status = train.main(words)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local := min(ranks, 4)))
+    pruning = ["prune.target_depth=14", "prune.start_step=100"]
+    words = ["preset=sit_xl2_256", f"parallel.ds_config={name}", f"parallel.pipe_stages={stages}", *pruning]
+    status = train.main([*words, "--dry-run"])
     printed = capsys.readouterr()
     if stages > ranks or (stages > 1 and name[4] in "23"):
         assert status == 2 and "parallel.pipe_stages" in printed.err and not printed.out
@@ -264,9 +265,10 @@ def test_the_dry_run_prints_memory_and_time_for_every_topology(name, ranks, stag
     assert ("in host memory" in printed.out.split("# a resize")[0]) == name.endswith("offload")
     assert ("stage 0, the largest" in printed.out) == (stages > 1) == ("an even cut" in printed.out)
     assert re.search(
-        r"# a resize from 28 to 27 blocks: about [\d.e-]+ s; between ranks travel\n#   [\d.]+ .iB of state", printed.out
+        r"# a resize from 28 to 21 blocks: about [\d.e-]+ s; between ranks travel\n#   [\d.]+ .iB of state", printed.out
     )
-    assert "on a node of 4 ranks" in printed.out and "measure yours: python tools/measure_memory.py" in printed.out
+    assert f"on a node of {local} ranks" in printed.out and f"on a node of {local} such ranks" in printed.out
+    assert ("idle" in printed.out) == (stages > 1) and "measure yours: python tools/measure_memory.py" in printed.out
 
 
 def test_only_the_first_rank_prints_and_compile_is_named(monkeypatch, capsys):
@@ -278,9 +280,19 @@ def test_only_the_first_rank_prints_and_compile_is_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("variable", "text"), [("WORLD_SIZE", "many"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "-8")]
+    ("variable", "text"),
+    [("WORLD_SIZE", "many"), ("WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "-8")],
 )
 def test_a_number_of_ranks_that_is_none_is_refused(variable, text, monkeypatch, capsys):
     monkeypatch.setenv(variable, text)
     assert train.main(["preset=sit_xl2_256", "--dry-run"]) == 2
     assert capsys.readouterr().err.startswith(f"error: `{variable}` is {text!r}; set it to a number of ranks")
+
+
+def test_the_ranks_of_a_node_must_divide_all_ranks_and_nothing_is_resized_where_nothing_goes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert train.main(["preset=sit_xl2_256", "--dry-run"]) == 0
+    assert "# a resize: none, for nothing is removed" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert train.main(["preset=sit_xl2_256", "--dry-run"]) == 2
+    assert "`LOCAL_WORLD_SIZE` (3, ranks of a node) must divide `WORLD_SIZE` (8)." in capsys.readouterr().err

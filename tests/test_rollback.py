@@ -56,6 +56,17 @@ def test_a_rollback_undoes_a_removal_once_and_loses_nothing(digits, tmp_path, pr
     assert (run / "metrics.jsonl").read_text().startswith(before)
 
 
+def test_a_rollback_to_another_schedule_makes_the_checks_of_that_schedule(digits, tmp_path, pruned):
+    run = cut_after(pruned, tmp_path / "other", 12)
+    other = ["prune.start_step=4", "prune.end_step=8", "prune.num_checks=1", "prune.target_depth=1"]
+    command = words(digits, tmp_path, "other", "prune.rollback=step_4", *other)
+    run_ranks("tests.workers.training:train", 2, runs=[command])
+    assert depths(run) == [3, 1]
+    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "other", *other)])  # without the word
+    run_ranks("tests.workers.training:train", 2, runs=[command])  # it is not forgotten that this has been done
+    assert folders(run) == folders(pruned) and not (run / "checkpoints" / "superseded_2").exists()
+
+
 @pytest.mark.full
 def test_a_rollback_with_the_same_settings_repeats_the_run_exactly(digits, tmp_path, pruned):
     run = cut_after(pruned, tmp_path / "again", 12)
@@ -87,15 +98,15 @@ def test_impossible_rollbacks_are_refused_before_anything_moves(digits, tmp_path
     assert folders(run) == there
 
 
-PLANS = [  # 16 examples a rank in micro-batches of 2, from depth 12
-    (12, (2, 8)), (11, (2, 8)), (7, (2, 8)), (6, (4, 4)), (4, (4, 4)), (3, (8, 2)), (2, (8, 2)), (1, (16, 1)),
+PLANS = [  # 16 examples a rank in micro-batches of 2, from depth 24
+    (24, (2, 8)), (10, (2, 8)), (9, (4, 4)), (2, (4, 4)), (1, (8, 2)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("depth", "plan"), PLANS)
 def test_a_micro_batch_grows_as_blocks_go_and_never_needs_more_memory(depth, plan):
     config = tiny_config()
-    model = replace(config.model, depth=12)
+    model = replace(config.model, depth=24)
     train = replace(config.train, global_batch_size=32, micro_batch_size=2)
     config = replace(config, model=model, train=train)
     assert batch_plan(config, 2, depth) == (2, 8)
@@ -103,18 +114,24 @@ def test_a_micro_batch_grows_as_blocks_go_and_never_needs_more_memory(depth, pla
     assert batch_plan(grown, 2, depth) == plan
     assert batch_plan(grown, 2) == (2, 8)
     lean = replace(grown, model=replace(model, activation_checkpointing=True))
-    assert batch_plan(lean, 2, depth) == (2, 8)  # there the inputs of 12 blocks are less than a block's activations
+    assert batch_plan(lean, 2, depth) == (2, 8)  # there the inputs of 24 blocks are less than a block's activations
+
+
+def test_a_live_engine_grows_its_micro_batch():
+    assert run_ranks("tests.workers.resize:grown", 2) == [[[1, 4], [2, 2], [2, 2]]] * 2
 
 
 @pytest.mark.full
-def test_a_run_that_grows_its_micro_batch_trains_the_same_and_resumes_exactly(digits, tmp_path, pruned):
+def test_a_run_that_grows_its_micro_batch_trains_the_same_and_resumes_exactly(digits, tmp_path):
     grow = "prune.regrow_micro_batch=true"
-    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "grown", grow, ONE_EACH)])
-    grown = tmp_path / "grown"
-    assert depths(grown) == depths(pruned)
-    assert losses(grown) == pytest.approx(losses(pruned), rel=1e-5)
+    deep = ["model.depth=12", "train.micro_batch_size=1"]
+    runs = [words(digits, tmp_path, name, *deep, *more) for name, more in (("grown", [grow]), ("plain", []))]
+    run_ranks("tests.workers.training:train", 2, runs=runs)
+    grown, plain = tmp_path / "grown", tmp_path / "plain"
+    assert depths(grown) == depths(plain) and depths(grown)[-1] == 2
+    assert losses(grown) == pytest.approx(losses(plain), rel=1e-5)
     cut = cut_after(grown, tmp_path / "cut", 8)
-    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "cut", grow, ONE_EACH)])
+    run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "cut", grow, *deep)])
     assert losses(cut) == losses(grown)
     assert equal_state(cut / "checkpoints/step_00000012", grown / "checkpoints/step_00000012")
     refused = {

@@ -14,6 +14,7 @@ cache, so this measures the reading and not the disk.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -92,10 +93,14 @@ def measure(index: Index, repeats: int) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in rates.items()}
 
 
-def main(words: list[str]) -> None:
+def main() -> None:
     """Measure and print."""
-    given = dict(word.split("=") for word in words if word != "--json")
-    count, repeats = int(given.get("examples", 4096)), int(given.get("repeats", 9))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=4096, help="examples in the shards")
+    parser.add_argument("--repeats", type=int, default=9, help="interleaved repeats; medians are printed")
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    options = parser.parse_args()
+    count, repeats = options.examples, options.repeats
     with tempfile.TemporaryDirectory() as folder:
         write_shards(examples(count), Path(folder), -(-count // SHARDS), {}, num_classes=1000, kind="moments")
         index = load_index(folder)
@@ -108,7 +113,7 @@ def main(words: list[str]) -> None:
         **{f"{name}_megabytes_per_second": rate * megabytes for name, rate in rates.items()},
         "examples": count, "repeats": repeats, "cpus": os.cpu_count(), "load": os.getloadavg()[0],
     }  # fmt: skip
-    if "--json" in words:
+    if options.json:
         print(json.dumps(found))
         return
     for name, rate in rates.items():
@@ -118,4 +123,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

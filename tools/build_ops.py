@@ -6,6 +6,7 @@ builds in this environment's own cache while it is being installed, so such a lo
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from entprune_ds import comm
 
 
 def main() -> None:
+    """Build what is missing."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     comm.prepare_environment()
     for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
         lock.unlink()

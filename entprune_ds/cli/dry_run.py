@@ -14,6 +14,7 @@ from entprune_ds.interop.weights import open_weights
 from entprune_ds.models.registry import count_parameters
 from entprune_ds.preflight import training_problems
 from entprune_ds.redact import redacted
+from entprune_ds.rollback import rollback_pending
 
 ROWS = {
     "weights": "weights", "gradients": "gradients", "master": "fp32 weights", "moments": "Adam moments", "ema": "EMA",
@@ -29,6 +30,9 @@ def describe(words: list[str]) -> int:
         ConfigError: listing every problem.
     """
     world_size, local = _number("WORLD_SIZE", 1), _number("LOCAL_WORLD_SIZE", 0)
+    if local and world_size % local:
+        message = f"`LOCAL_WORLD_SIZE` ({local}, ranks of a node) must divide `WORLD_SIZE` ({world_size}). "
+        raise ConfigError([message + "Set both, or neither."])
     config = load_config(words, check=partial(training_problems, data_needed=False))
     if os.environ.get("RANK", "0") == "0":
         print(to_yaml(config), end="")
@@ -54,8 +58,15 @@ def layout_lines(config: Config, world_size: int) -> list[str]:
     ranks = f"{stages} stage(s) x {plan.dp_size}" if stages > 1 else f"{world_size}"
     line = f"# ZeRO-{plan.zero_stage}, {ranks} rank(s) x micro-batch {plan.micro_batch} x accumulation"
     cut = "+".join(map(str, plan.cut))
-    even = f"# blocks per stage: {cut}, an even cut; the run cuts by measured cost"
-    return [f"{line} {plan.accumulation}", *([even] if stages > 1 else [])]
+    if stages == 1:
+        return [f"{line} {plan.accumulation}"]
+    idle = (stages - 1) / (stages - 1 + plan.accumulation)
+    remedy = " (a smaller train.micro_batch_size means more accumulation and less idling)" if idle > 0.2 else ""
+    return [
+        f"{line} {plan.accumulation}",
+        f"# blocks per stage: {cut}, an even cut; the run cuts by measured cost",
+        f"# stages of equal cost idle {idle:.0%} of the time{remedy}",
+    ]
 
 
 def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
@@ -70,6 +81,8 @@ def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
     number = f" of pipeline stage {stages.index(memory)}, the largest" if len(stages) > 1 else ""
     lines = [f"# memory of one rank{number}, estimated, above a process that has only imported everything:"]
     lines += [f"#   {label:<22}{_size(getattr(memory, field)):>12}" for field, label in ROWS.items()]
+    if local:
+        lines.append(f"# on a node of {local} such ranks {_size(local * memory.total)}")
     node = f", {_size(local * memory.host)} on a node of {local} ranks" if local else ""
     if memory.offloaded:
         what = f"{_size(memory.total - memory.host)} on the device, {_size(memory.host)} in host memory"
@@ -84,6 +97,8 @@ def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
 
 
 def _resize_lines(config: Config, world_size: int, local: int, constants: dict) -> list[str]:
+    if config.prune.target_depth is None or config.prune.score_only:
+        return ["# a resize: none, for nothing is removed (prune.target_depth, prune.score_only)"]
     resize = estimate_resize.resize_estimate(config, world_size, constants)
     if resize is None:
         return ["# a resize: none, no block can go"]
@@ -123,6 +138,8 @@ def _data_line(config: Config) -> str:
 
 def _weights_line(config: Config) -> str:
     checkpoints = step_folders(config.run_dir / "checkpoints")
+    if rollback_pending(config):
+        return f"# weights: {config.run_dir} goes back to {config.prune.rollback}; later checkpoints move aside"
     if checkpoints:
         return f"# weights: {config.run_dir} goes on from {checkpoints[-1].name}"
     if not config.model.weights:

@@ -121,7 +121,7 @@ def _problems(settings: config.Config) -> list[str]:
                                                    Path(data.src).is_file()):  # fmt: skip
         what = {"folder": "folder", "csv": "file"}[data.source]
         found.append(f"`data.src`: there is no {what} {data.src}. Correct the path.")
-    if data.source in ("folder", "webdataset") and data.out:
+    if data.source in ("folder", "webdataset") and data.out and data.src:
         src, out = Path(data.src).resolve(), Path(data.out).resolve()
         if out == src or src in out.parents:
             found.append(f"`data.out` must lie outside `data.src` ({data.src}), got {data.out}. Choose another folder.")

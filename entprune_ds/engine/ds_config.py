@@ -131,9 +131,13 @@ BLOCK_INPUTS = 20
 """Activations that a block keeps for its backward pass, in units of its input; counted by saved_tensors_hooks."""
 
 
+WORKING_BLOCKS = 6
+"""What an example needs beside what the blocks keep, in units of one block's activations; see estimate.json."""
+
+
 def _activations(config: Config, depth: int) -> float:
     """Activations of one example at a depth, in units of one block's."""
-    return 1 + depth / BLOCK_INPUTS if config.model.activation_checkpointing else depth
+    return WORKING_BLOCKS + (depth / BLOCK_INPUTS if config.model.activation_checkpointing else depth)
 
 
 def stages_at(config: Config, world_size: int, depth: int) -> int:

@@ -103,6 +103,7 @@ def resize(
     if engine.ds.micro_steps % engine.ds.gradient_accumulation_steps():
         raise RuntimeError("a resize must stand between optimizer steps, not inside a gradient accumulation.")
     cut = next_cut(engine, config, model_config) if cut is None else cut
+    check_cut(cut, stages_at(config, comm.world_size(), len(kept_blocks)), len(kept_blocks))
     costs = engine.costs
     comm.assert_same_on_all_ranks([cut, engine.adam_step], "the state before a resize")
     names, smaller = names_after(engine, kept_blocks), selections(engine.model_config, narrow)
@@ -121,6 +122,18 @@ def resize(
     minimum = missing_bytes(have, new.layout)
     seconds = time.perf_counter() - start
     return new, ResizeReport(seconds, built - building, total, minimum, framework_bytes(new))
+
+
+def check_cut(cut: Cut | None, stages: int, depth: int) -> None:
+    """Refuse an impossible cut while the old engine still lives.
+
+    Raises:
+        ValueError: see `resize`.
+    """
+    fits = stages == 1 if cut is None else len(cut) == stages > 1 and sum(cut) == depth
+    if not fits or (cut is not None and (min(cut) < 0 or 0 in cut[1:-1])):
+        message = f"the cut {list(cut or ())} does not give {depth} blocks to {stages} stages, at least one to every "
+        raise ValueError(message + "stage in the middle.")
 
 
 def model_after(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from entprune_ds.config import Config
+
 
 def check_steps(start: int, end: int, num_checks: int) -> list[int]:
     """Steps of the checks: the START of each of `num_checks` equal parts of [start, end), with recovery after each.
@@ -14,6 +16,14 @@ def check_steps(start: int, end: int, num_checks: int) -> list[int]:
     if num_checks < 1 or end - start < num_checks:
         raise ValueError(f"{num_checks} checks need as many steps of pruning phase, got {start} to {end}.")
     return [start + i * (end - start) // num_checks for i in range(num_checks)]
+
+
+def planned_checks(config: Config) -> list[int]:
+    """Steps of the pruning checks; none without a target depth."""
+    prune = config.prune
+    if prune.target_depth is None:
+        return []
+    return check_steps(prune.start_step, prune.end_step or config.train.num_steps, prune.num_checks)
 
 
 def default_cap(depth: int, target: int, num_checks: int) -> int:

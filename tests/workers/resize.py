@@ -184,6 +184,10 @@ def refusals(zero_stage: int) -> dict:
             resize(engine, config, kept)
         except ValueError as error:
             messages.append(str(error))
+    try:
+        resize(engine, config, (0, 1), cut=(1, 1))
+    except ValueError as error:
+        messages.append(str(error))
     different = (0, 1) if comm.is_main() else (0, 2)
     try:
         resize(engine, config, different)
@@ -204,6 +208,23 @@ def refusals(zero_stage: int) -> dict:
     steps = [engine.adam_step]
     engine, _ = resize(engine, config, (0, 1))
     return {"messages": messages, "losses": losses, "steps": [*steps, engine.adam_step], "depth": engine.depth}
+
+
+def grown() -> list[list[int]]:
+    """Micro-batch and accumulation steps of a live engine at 16, 2 and 1 blocks, with prune.regrow_micro_batch."""
+    config = tiny_config(depth=16)
+    train, prune = replace(config.train, micro_batch_size=1), replace(config.prune, regrow_micro_batch=True)
+    config = replace(config, train=train, prune=prune)
+    engine, plans = build_engine(config, config.model), []
+    initialize_fresh(engine, 0)
+    for kept in (tuple(range(16)), (1, 2), (2,)):
+        if kept != engine.kept_blocks:
+            engine, _ = resize(engine, config, kept)
+        plans.append([engine.ds.train_micro_batch_size_per_gpu(), engine.ds.gradient_accumulation_steps()])
+        draws = tiny_draws(config, len(plans), comm.rank(), comm.world_size())
+        train_step(engine, draws.split(plans[-1][0]), FlowObjective().loss)
+        assert engine.adam_step == len(plans)  # all of the batch is one step
+    return plans
 
 
 def options(zero_stage: int, dtype: str = "fp32", **model: bool) -> dict:
