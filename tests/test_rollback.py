@@ -50,6 +50,7 @@ def test_a_rollback_undoes_a_removal_once_and_loses_nothing(digits, tmp_path, pr
     assert [s for s in first if first[s] != second[s]] == list(range(5, 13))
     assert len(json.loads((run / "model" / "config.json").read_text())["kept_blocks"]) == 3
 
+    command[command.index("prune.rollback=step_4")] = "prune.rollback=step_00000004"  # the same step
     before = (run / "metrics.jsonl").read_text()
     run_ranks("tests.workers.training:train", 2, runs=[command])  # the same command goes on: it is at the end
     assert folders(run) == folders(pruned) and not (run / "checkpoints" / "superseded_2").exists()
@@ -90,6 +91,13 @@ def test_impossible_rollbacks_are_refused_before_anything_moves(digits, tmp_path
         assert message in capsys.readouterr().err
     assert main(words(digits, tmp_path, "kept", "prune.target_depth=3", ONE_EACH)) == 2  # only with a rollback
     assert "`prune.target_depth` is 3" in capsys.readouterr().err
+    for more, message in (
+        (["prune.rollback=step_12", ONE_EACH], "step_00000012 is the newest checkpoint, there is nothing to undo"),
+        (["prune.rollback=step_8", "prune.target_depth=3", ONE_EACH], "is 3, but step_00000008 holds 2 blocks. Lower"),
+        (["prune.rollback=step_4", "prune.num_checks=1"], "0 checks of at most 4 blocks stand before the end, too few"),
+    ):
+        assert main(words(digits, tmp_path, "kept", *more)) == 2
+        assert message in capsys.readouterr().err
     [*_, file] = (run / "checkpoints/step_00000004").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-8])
     command = words(digits, tmp_path, "kept", "prune.rollback=step_4", ONE_EACH)
