@@ -21,7 +21,7 @@ from entprune_ds.importance.sweep_statistics import SweepStatistics
 from entprune_ds.importance.zico import zico_score
 from entprune_ds.logs import get_logger
 from entprune_ds.pruning.decision import PruneDecision
-from entprune_ds.pruning.schedule import blocks_at_depth, candidate_depths, default_cap
+from entprune_ds.pruning.schedule import blocks_at_depth, blocks_per_check, candidate_depths
 from entprune_ds.pruning.vote import Candidate, vote
 from entprune_ds.rng import generator_for
 
@@ -72,7 +72,7 @@ def run_check(
         explicit_order=prune.explicit_order,
     )  # fmt: skip
     swept = time.perf_counter()
-    cap = prune.max_blocks_per_check or default_cap(original_depth, target, prune.num_checks)
+    cap = blocks_per_check(prune, original_depth)
     if prune.score_only:  # nothing goes, so the last checks would be out of reach of any cap
         cap = max(cap, len(kept_blocks) - target)
     depths = candidate_depths(len(kept_blocks), target, cap, prune.num_checks - check)
@@ -83,7 +83,8 @@ def run_check(
     proposal = _decide(candidates, prune, check, step, kept_blocks, order, scores) if comm.is_main() else None
     fault_points.reach("broadcast")
     decision = PruneDecision.from_json(comm.broadcast_json(None if proposal is None else proposal.to_json()))
-    decision = replace(decision, cut=recut(decision))
+    if not decision.score_only:
+        decision = replace(decision, cut=recut(decision))
     comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
     return decision, CheckTimes(swept - start, time.perf_counter() - swept)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from entprune_ds.config import Config, ModelConfig
-from entprune_ds.engine.balance import Cut, layer_parameters, saved_bytes
-from entprune_ds.engine.ds_config import batch_plan, offloads, read_ds_config, stages_at
+from entprune_ds.engine.balance import Cut, layer_parameters, saved_bytes, training_dtype
+from entprune_ds.engine.ds_config import accumulates_in_fp32, batch_plan, offloads, read_ds_config, stages_at
 from entprune_ds.models.dit import DiT, build_block
 
 CONSTANTS = Path(__file__).with_name("estimate.json")
@@ -97,11 +97,10 @@ def plan_of(config: Config, world_size: int, depth: int | None = None) -> Plan:
     values, depth = read_ds_config(config), len(config.model.blocks) if depth is None else depth
     stages = stages_at(config, world_size, depth)
     micro, accumulation = batch_plan(config, world_size // stages, depth)
-    half = bool(values.get("bf16", {}).get("enabled"))
-    accumulates = (values.get("data_types") or {}).get("grad_accum_dtype") in ("fp32", "float32", "float")
+    dtype = training_dtype(values)
     cut = tuple(depth // stages + (stage < depth % stages) for stage in range(stages))
     return Plan(
-        values["zero_optimization"], torch.bfloat16 if half else torch.float32, accumulates or not half,
+        values["zero_optimization"], dtype, accumulates_in_fp32(values) or dtype == torch.float32,
         offloads(values), world_size // stages, micro, accumulation, cut,
     )  # fmt: skip
 

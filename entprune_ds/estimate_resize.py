@@ -11,7 +11,7 @@ from entprune_ds.config import Config, ModelConfig
 from entprune_ds.engine.transfer import BYTES_PER_ELEMENT, Range, missing_bytes
 from entprune_ds.estimate import Plan, plan_of
 from entprune_ds.models.registry import parameter_shapes
-from entprune_ds.pruning.schedule import default_cap
+from entprune_ds.pruning.schedule import blocks_per_check
 
 ALIGNMENT = 2
 """DeepSpeed pads flat groups to a multiple of this many elements per rank."""
@@ -31,22 +31,15 @@ class ResizeEstimate:
 
 
 def resize_estimate(config: Config, world_size: int, constants: dict[str, Any]) -> ResizeEstimate | None:
-    """The first removal at its largest, or of one block when nothing is pruned; None when no block can go.
+    """The first removal at its largest; None when nothing will be removed.
 
     Which blocks go is known only then: here they lie evenly over the depth.
     """
     depth, prune = len(config.model.blocks), config.prune
-    target = max(1, depth - 1) if prune.target_depth is None else prune.target_depth
-    cap = prune.max_blocks_per_check or default_cap(depth, target, prune.num_checks)
-    count = min(cap, depth - target)
-    if count <= 0:
+    if prune.target_depth is None or prune.score_only:
         return None
-    try:
-        return removal_estimate(config, world_size, evenly(config.model.blocks, count), constants)
-    except ValueError:  # nothing is pruned, so nobody has asked for a pipeline of fewer blocks
-        if prune.target_depth is None:
-            return None
-        raise
+    count = min(blocks_per_check(prune, depth), depth - prune.target_depth)
+    return removal_estimate(config, world_size, evenly(config.model.blocks, count), constants)
 
 
 def evenly(blocks: tuple[int, ...], count: int) -> tuple[int, ...]:

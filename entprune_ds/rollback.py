@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from entprune_ds.atomic import write_text
 from entprune_ds.config import Config, PruneConfig, config_from_dict
 from entprune_ds.engine.checkpoint import file_problems, read_checkpoint, step_folders
 from entprune_ds.logs import get_logger
-from entprune_ds.pruning.schedule import default_cap, planned_checks
+from entprune_ds.pruning.schedule import blocks_per_check, planned_checks
 
 
 def step_of(name: str) -> int:
@@ -61,30 +60,26 @@ def rollback_problem(config: Config) -> str | None:
     if step_of(wanted) == max(folders) and not list(root.glob("superseded_*")):  # else: interrupted while moving them
         return f"`prune.rollback`: {folder.name} is the newest checkpoint, there is nothing to undo. Leave it out."
     try:
-        depth = len(json.loads((folder / "manifest.json").read_text())["kept_blocks"])
+        depth = len(read_checkpoint(folder).kept_blocks)
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # roll_back() says that it is damaged
+        return None  # roll_back() says what is wrong with it
     return _schedule_problem(config, folder.name, depth)
 
 
 def _schedule_problem(config: Config, name: str, depth: int) -> str | None:
-    prune, full = config.prune, len(config.model.blocks)
+    prune = config.prune
     if prune.target_depth is None or prune.score_only:
         return None
     if prune.target_depth > depth:
         message = f"`prune.target_depth` is {prune.target_depth}, but {name} holds {depth} blocks. Lower it, or give "
         return message + "`prune.rollback` an earlier checkpoint."
     left = len([step for step in planned_checks(config) if step >= step_of(name)])
-    cap = prune.max_blocks_per_check or default_cap(full, prune.target_depth, prune.num_checks)
+    cap = blocks_per_check(prune, len(config.model.blocks))
     if depth - prune.target_depth <= cap * left:
         return None
-    message = (
-        f"`prune.rollback`: from {name} on, {left} checks of at most {cap} blocks stand before the end, too few to "
-    )
-    message += (
-        f"come from depth {depth} to {prune.target_depth}. Raise `prune.num_checks`, `prune.max_blocks_per_check` "
-    )
-    return message + "or `prune.end_step`."
+    message = f"`prune.rollback`: from {name} on, {left} checks of at most {cap} blocks stand before the end, too few "
+    message += f"to come from depth {depth} to {prune.target_depth}. Raise `prune.num_checks`, `prune.end_step` or "
+    return message + "`prune.max_blocks_per_check`."
 
 
 def roll_back(config: Config) -> None:

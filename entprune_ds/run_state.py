@@ -130,17 +130,17 @@ def open_stream(config: Config, engine: Engine) -> Stream:
     )  # fmt: skip
 
 
-def place_in_data(run: Run) -> dict[str, Any]:
-    """The place of the whole job in the data: that of the first stages, one per data-parallel rank. Collective."""
+def stream_state(run: Run) -> dict[str, Any]:
+    """The data cursor of the whole job: that of the first stages, one per data-parallel rank. Collective."""
     states = comm.all_gather_json(run.stream.state() if run.engine.pipe_stage == 0 else None)
     return merge_states(state for state in states if state is not None)
 
 
-def resplit(run: Run, place: dict[str, Any]) -> None:
-    """Go on from a place in the data with the data-parallel ranks of now."""
+def reopen_stream(run: Run, state: dict[str, Any]) -> None:
+    """Go on from a data cursor with the data-parallel ranks of now."""
     run.stream.close()
     run.stream = open_stream(run.config, run.engine)
-    run.stream.load_state(place)
+    run.stream.load_state(state)
 
 
 def open_folder(
@@ -229,7 +229,7 @@ def checkpoint(run: Run) -> None:
     if run.saved == run.step:
         return
     record = {
-        "stream": place_in_data(run),
+        "stream": stream_state(run),
         "cut": run.engine.cut,
         "costs": costs_as_json(run.engine.costs),
         "decisions": [d.to_json() for d in run.decisions],

@@ -23,7 +23,7 @@ from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell,
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
 from entprune_ds.pruning.surgery import narrowed
-from entprune_ds.run_state import Run, checkpoint, open_run, place_in_data, record_decision, resplit
+from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
 from entprune_ds.run_view import log_step, sample_grid, validate
 
 log = get_logger()
@@ -133,9 +133,7 @@ def prune_check(run: Run) -> None:
     parts = ShardedView(engine, "weight", getattr(torch, config.prune.score_dtype))
     decision, times = run_check(
         parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
-        recut=lambda d: None
-        if d.score_only
-        else next_cut(engine, config, narrowed(engine.model_config, d.kept_blocks, d.narrow)),
+        recut=lambda d: next_cut(engine, config, narrowed(engine.model_config, d.kept_blocks, d.narrow)),
     )  # fmt: skip
     del parts
     record_decision(run, decision)
@@ -146,10 +144,10 @@ def prune_check(run: Run) -> None:
         return
     validate(run)
     sample_grid(run, f"check_{check}_before")
-    place, dp_size = place_in_data(run), engine.dp_size
+    cursor, dp_size = stream_state(run), engine.dp_size
     run.engine, report = resize(engine, config, decision.kept_blocks, decision.cut, decision.narrow)
     if run.engine.dp_size != dp_size:  # the pipeline has shrunk
-        resplit(run, place)
+        reopen_stream(run, cursor)
     log.info("resized to depth %d in %.2f s, optimizer state kept", run.engine.depth, report.seconds)
     if config.prune.regrow_micro_batch:
         ds = run.engine.ds

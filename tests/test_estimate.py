@@ -171,16 +171,15 @@ def test_time_of_a_resize_and_what_is_parked():
 
 
 def test_the_removal_that_is_estimated_is_the_largest_first_one():
-    def depth(**prune: int) -> int | None:
+    def depth(**prune: int | bool) -> int | None:
         found = estimate_resize.resize_estimate(
             replace(tiny_config(), prune=PruneConfig(**prune)), 2, measure_memory.blank()
         )
         return found and found.depth
 
-    assert depth() == 3 and depth(target_depth=1, num_checks=2) == 1 and depth(target_depth=2, num_checks=4) == 3
+    assert depth() is None and depth(target_depth=1, score_only=True) is None
+    assert depth(target_depth=1, num_checks=2) == 1 and depth(target_depth=2, num_checks=4) == 3
     assert depth(target_depth=1, max_blocks_per_check=2) == 2
-    config = replace(tiny_config(), model=replace(tiny_config().model, kept_blocks=(2,)))
-    assert estimate_resize.resize_estimate(config, 2, measure_memory.blank()) is None
     assert estimate_resize.evenly(tuple(range(8)), 2) == (0, 1, 3, 4, 5, 7)
 
 

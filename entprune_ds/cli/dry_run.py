@@ -56,14 +56,15 @@ def layout_lines(config: Config, world_size: int) -> list[str]:
     plan = estimate.plan_of(config, world_size)
     stages = len(plan.cut)
     ranks = f"{stages} stage(s) x {plan.dp_size}" if stages > 1 else f"{world_size}"
-    line = f"# ZeRO-{plan.zero_stage}, {ranks} rank(s) x micro-batch {plan.micro_batch} x accumulation"
-    cut = "+".join(map(str, plan.cut))
+    batch = f"micro-batch {plan.micro_batch} x accumulation {plan.accumulation}"
+    line = f"# ZeRO-{plan.zero_stage}, {ranks} rank(s) x {batch}"
     if stages == 1:
-        return [f"{line} {plan.accumulation}"]
+        return [line]
+    cut = "+".join(map(str, plan.cut))
     idle = (stages - 1) / (stages - 1 + plan.accumulation)
     remedy = " (a smaller train.micro_batch_size means more accumulation and less idling)" if idle > 0.2 else ""
     return [
-        f"{line} {plan.accumulation}",
+        line,
         f"# blocks per stage: {cut}, an even cut; the run cuts by measured cost",
         f"# stages of equal cost idle {idle:.0%} of the time{remedy}",
     ]
@@ -97,11 +98,9 @@ def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
 
 
 def _resize_lines(config: Config, world_size: int, local: int, constants: dict) -> list[str]:
-    if config.prune.target_depth is None or config.prune.score_only:
-        return ["# a resize: none, for nothing is removed (prune.target_depth, prune.score_only)"]
     resize = estimate_resize.resize_estimate(config, world_size, constants)
     if resize is None:
-        return ["# a resize: none, no block can go"]
+        return ["# a resize: none, for nothing is removed (prune.target_depth, prune.score_only)"]
     depth = len(config.model.blocks)
     node = f" ({_size(local * resize.parked)} on a node of {local} ranks)" if local else ""
     where = "host memory" if config.resize.park == "host" else "the memory of the device"

@@ -144,11 +144,24 @@ def cut_by_cost(
     return (layers[0] - 1, *layers[1:-1], layers[-1] - 1)
 
 
+def check_cut(cut: Cut | None, num_stages: int, depth: int) -> None:
+    """Refuse a cut that does not fit the stages and the depth.
+
+    Raises:
+        ValueError: unless every stage is there and every block on one, at least one on those in the middle; or unless
+            None stands for a single stage.
+    """
+    fits = num_stages == 1 if cut is None else len(cut) == num_stages > 1 and sum(cut) == depth
+    if not fits or (cut is not None and (min(cut) < 0 or 0 in cut[1:-1])):
+        message = f"the cut {list(cut or ())} does not give {depth} blocks to {num_stages} stages, at least one to "
+        raise ValueError(message + "every stage in the middle.")
+
+
 def _layer_bytes(config: Config, model_config: ModelConfig, dp_size: int) -> list[int]:
     """Weights, gradients, moments and EMA of stem, blocks and head on one rank."""
     ds = read_ds_config(config)
     sharded = dp_size if ds["zero_optimization"]["stage"] else 1
-    per_element = 2 * _dtype(ds).itemsize + 16 / sharded
+    per_element = 2 * training_dtype(ds).itemsize + 16 / sharded
     return [int(count * per_element) for count in layer_parameters(model_config)]
 
 
@@ -167,7 +180,8 @@ def _memory_limit() -> int | None:
     return int(FREE_SHARE * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
-def _dtype(ds_config: dict[str, Any]) -> torch.dtype:
+def training_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """Precision of the training forward pass."""
     return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
@@ -177,7 +191,7 @@ def measure_costs(config: Config, model_config: ModelConfig, num_stages: int, re
     Process CPU time, CUDA events on a GPU. Inert: layers of its own, no RNG, no .grad, no hooks of the engine.
     """
     micro, _ = batch_plan(config, comm.world_size() // num_stages)
-    device, dtype, m = comm.device(), _dtype(read_ds_config(config)), model_config
+    device, dtype, m = comm.device(), training_dtype(read_ds_config(config)), model_config
     with torch.device("meta"):
         stem = DiT(m.keeping(()))
         kinds = {m.widths(index): build_block(m, index) for index, _, _ in m.block_widths}

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig, TrainConfig
-from entprune_ds.engine.balance import Cut, LayerCosts, cut_by_cost, measure_costs
+from entprune_ds.engine.balance import Cut, LayerCosts, check_cut, cut_by_cost, measure_costs
 from entprune_ds.engine.ds_config import full_ds_config, offloads, stages_at
 from entprune_ds.engine.ema import ema_decay, new_ema, update_ema
 from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
@@ -113,8 +113,7 @@ def build_engine(
     if stages > 1 and cut is None:
         costs = costs or measure_costs(config, model_config, stages)
         cut = cut_by_cost(config, model_config, stages, comm.world_size() // stages, costs)
-    if (1 if cut is None else len(cut)) != stages:
-        raise ValueError(f"the cut {list(cut or ())} must have {stages} stages.")
+    check_cut(cut, stages, len(model_config.blocks))
     ds_config = full_ds_config(config, comm.world_size() // stages, len(model_config.blocks))
     devices = [comm.device()] if comm.device().type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -71,7 +71,7 @@ def _unsupported(values: dict[str, Any], zero: dict[str, Any], stage: Any) -> st
         return 'uses the old name "bfloat16". Call it "bf16".'
     if type(stage) is not int or not 0 <= stage <= 3:
         return f"has the ZeRO stage {stage!r}. Give 0, 1, 2 or 3, or set parallel.zero_stage."
-    if stage == 0 and values.get("bf16", {}).get("enabled") and _accumulates_in_fp32(values):
+    if stage == 0 and values.get("bf16", {}).get("enabled") and accumulates_in_fp32(values):
         return (
             "accumulates bf16 gradients in fp32, which DeepSpeed cannot do at ZeRO stage 0. Remove "
             "data_types.grad_accum_dtype (as zero0_bf16 does), or choose stage 1, 2 or 3."
@@ -88,7 +88,8 @@ def _unsupported(values: dict[str, Any], zero: dict[str, Any], stage: Any) -> st
     return None
 
 
-def _accumulates_in_fp32(values: dict[str, Any]) -> bool:
+def accumulates_in_fp32(values: dict[str, Any]) -> bool:
+    """Whether 16-bit gradients are summed in fp32."""
     return (values.get("data_types") or {}).get("grad_accum_dtype") in ("fp32", "float32", "float")
 
 
@@ -129,8 +130,6 @@ def batch_plan(config: Config, dp_size: int, depth: int | None = None) -> tuple[
 
 BLOCK_INPUTS = 20
 """Activations that a block keeps for its backward pass, in units of its input; counted by saved_tensors_hooks."""
-
-
 WORKING_BLOCKS = 6
 """What an example needs beside what the blocks keep, in units of one block's activations; see estimate.json."""
 

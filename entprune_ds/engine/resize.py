@@ -11,7 +11,7 @@ import torch
 
 from entprune_ds import comm, fault_points
 from entprune_ds.config import Config, ModelConfig
-from entprune_ds.engine.balance import Cut, cut_by_cost, measure_costs
+from entprune_ds.engine.balance import Cut, check_cut, cut_by_cost, measure_costs
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine
 from entprune_ds.engine.ds_config import batch_plan, stages_at
 from entprune_ds.engine.transfer import fill, missing_bytes, narrowed_ranges, park
@@ -91,7 +91,7 @@ def resize(
 
     Raises:
         ValueError: on all ranks, when `kept_blocks` is not a proper non-empty subset of the present blocks, or a head
-            or channel that shall stay is not there.
+            or channel that shall stay is not there, or the cut does not fit.
         RuntimeError: on all ranks, in the middle of an accumulation of gradients.
         DistributedError: on all ranks, when they do not ask for the same.
     """
@@ -122,18 +122,6 @@ def resize(
     minimum = missing_bytes(have, new.layout)
     seconds = time.perf_counter() - start
     return new, ResizeReport(seconds, built - building, total, minimum, framework_bytes(new))
-
-
-def check_cut(cut: Cut | None, stages: int, depth: int) -> None:
-    """Refuse an impossible cut while the old engine still lives.
-
-    Raises:
-        ValueError: see `resize`.
-    """
-    fits = stages == 1 if cut is None else len(cut) == stages > 1 and sum(cut) == depth
-    if not fits or (cut is not None and (min(cut) < 0 or 0 in cut[1:-1])):
-        message = f"the cut {list(cut or ())} does not give {depth} blocks to {stages} stages, at least one to every "
-        raise ValueError(message + "stage in the middle.")
 
 
 def model_after(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from entprune_ds.config import Config
+from entprune_ds.config import Config, PruneConfig
 
 
 def check_steps(start: int, end: int, num_checks: int) -> list[int]:
@@ -29,6 +29,11 @@ def planned_checks(config: Config) -> list[int]:
 def default_cap(depth: int, target: int, num_checks: int) -> int:
     """Most blocks that one check may remove by default: ceil(2 (depth - target) / num_checks), at least 1."""
     return max(1, -(-2 * (depth - target) // num_checks))
+
+
+def blocks_per_check(prune: PruneConfig, original_depth: int) -> int:
+    """Most blocks that one check may remove: prune.max_blocks_per_check, or the default."""
+    return prune.max_blocks_per_check or default_cap(original_depth, prune.target_depth or 1, prune.num_checks)
 
 
 def candidate_depths(depth_now: int, target: int, cap: int, checks_left: int) -> list[int]:
