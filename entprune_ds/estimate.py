@@ -17,8 +17,16 @@ from typing import Any
 import torch
 
 from entprune_ds.config import Config, ModelConfig
-from entprune_ds.engine.balance import Cut, layer_parameters, saved_bytes, training_dtype
-from entprune_ds.engine.ds_config import accumulates_in_fp32, batch_plan, offloads, read_ds_config, stages_at
+from entprune_ds.engine.balance import Cut, layer_parameters
+from entprune_ds.engine.ds_config import (
+    accumulates_in_fp32,
+    batch_plan,
+    offloads,
+    read_ds_config,
+    stages_at,
+    training_dtype,
+)
+from entprune_ds.engine.layer_costs import saved_bytes
 from entprune_ds.models.dit import DiT, build_block
 
 CONSTANTS = Path(__file__).with_name("estimate.json")

@@ -15,7 +15,7 @@ from entprune_ds.atomic import write_text
 from entprune_ds.config import Config, ModelConfig, to_stored, to_yaml
 from entprune_ds.data.stream import Stream, merge_states
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
-from entprune_ds.engine.balance import Cut, LayerCosts, costs_as_json, costs_from_json
+from entprune_ds.engine.balance import Cut
 from entprune_ds.engine.build import Engine, build_engine, fresh_state, initialize_fresh
 from entprune_ds.engine.checkpoint import (
     Checkpoint,
@@ -25,6 +25,7 @@ from entprune_ds.engine.checkpoint import (
     save_checkpoint,
 )
 from entprune_ds.engine.ds_config import stages_at
+from entprune_ds.engine.layer_costs import LayerCosts, costs_as_json, costs_from_json
 from entprune_ds.engine.state import Piece, write_state
 from entprune_ds.environment import environment, launch_command
 from entprune_ds.faults import check_space

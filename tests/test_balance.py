@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entprune_ds.engine.balance import LayerCosts, best_cut, cut_by_cost, measure_costs, stage_costs
+from entprune_ds.engine.balance import best_cut, cut_by_cost, stage_costs
+from entprune_ds.engine.layer_costs import LayerCosts, measure_costs
 from tests.workers.pipeline import pipe_config
 
 

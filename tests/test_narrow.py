@@ -12,14 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entprune_ds.config import config_from_dict, load_config, model_problems, problems_of, to_dict, to_yaml
-from entprune_ds.engine.balance import (
-    LayerCosts,
-    costs_as_json,
-    costs_from_json,
-    cut_by_cost,
-    measure_costs,
-    stage_costs,
-)
+from entprune_ds.engine.balance import cut_by_cost, stage_costs
+from entprune_ds.engine.layer_costs import LayerCosts, costs_as_json, costs_from_json, measure_costs
 from entprune_ds.engine.transfer import narrowed_ranges
 from entprune_ds.export import write_model
 from entprune_ds.interop.safetensors import open_export, save_model

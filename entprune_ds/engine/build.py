@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig, TrainConfig
-from entprune_ds.engine.balance import Cut, LayerCosts, check_cut, cut_by_cost, measure_costs
+from entprune_ds.engine.balance import Cut, check_cut, cut_by_cost
 from entprune_ds.engine.ds_config import full_ds_config, offloads, stages_at
 from entprune_ds.engine.ema import ema_decay, new_ema, update_ema
+from entprune_ds.engine.layer_costs import LayerCosts, measure_costs
 from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
 from entprune_ds.models.dit import DiT, initial_tensor
 from entprune_ds.models.layers import Block, position_embedding

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from entprune_ds.config import Config
 
 SHIPPED = (Path(__file__).parents[2] / "ds_configs", Path(__file__).parents[1] / "ds_configs")
@@ -86,6 +88,11 @@ def _unsupported(values: dict[str, Any], zero: dict[str, Any], stage: Any) -> st
     if stage == 0 and offloads(values):
         return "offloads the optimizer, which needs ZeRO stage 1, 2 or 3. Choose one, or remove offload_optimizer."
     return None
+
+
+def training_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """Precision of the training forward pass."""
+    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
 def accumulates_in_fp32(values: dict[str, Any]) -> bool:

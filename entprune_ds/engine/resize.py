@@ -11,9 +11,10 @@ import torch
 
 from entprune_ds import comm, fault_points
 from entprune_ds.config import Config, ModelConfig
-from entprune_ds.engine.balance import Cut, check_cut, cut_by_cost, measure_costs
+from entprune_ds.engine.balance import Cut, check_cut, cut_by_cost
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine
 from entprune_ds.engine.ds_config import batch_plan, stages_at
+from entprune_ds.engine.layer_costs import measure_costs
 from entprune_ds.engine.transfer import fill, missing_bytes, narrowed_ranges, park
 from entprune_ds.pruning.surgery import Narrowing, narrowed, selections
 
