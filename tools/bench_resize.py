@@ -31,12 +31,8 @@ WORLD_SIZE = 2
 DEPTHS = (28, 24, 21, 17, 14)
 STEPS = 4
 """Training steps at every depth; the first one after a removal belongs to the removal."""
-MODES: dict[str, dict[str, Any]] = {
-    "zero1": {"ds_config": "zero1_fp32"},
-    "zero2": {"ds_config": "zero2_fp32"},
-    "zero3": {"ds_config": "zero3_fp32"},
-    "pipeline": {"ds_config": "zero1_fp32", "pipe_stages": WORLD_SIZE},
-}
+MODES = {"zero1": ("zero1", 1), "zero2": ("zero2", 1), "zero3": ("zero3", 1), "pipeline": ("zero1", WORLD_SIZE)}
+"""ds_config without its precision, pipeline stages."""
 
 
 def kept_at(depth: int) -> tuple[int, ...]:
@@ -49,12 +45,13 @@ def kept_at(depth: int) -> tuple[int, ...]:
     return kept
 
 
-def bench_config(mode: str, width: int) -> Any:
-    """64 tokens, micro-batch 8 on every data-parallel rank, fp32."""
+def bench_config(mode: str, width: int, precision: str) -> Any:
+    """64 tokens, micro-batch 8 on every data-parallel rank."""
     from entprune_ds.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 
     model = ModelConfig(depth=DEPTHS[0], hidden_size=width, num_heads=6, input_size=16, patch_size=2)
-    parallel = ParallelConfig(**MODES[mode])
+    name, stages = MODES[mode]
+    parallel = ParallelConfig(ds_config=f"{name}_{precision}", pipe_stages=stages)
     train = TrainConfig(global_batch_size=8 * WORLD_SIZE // parallel.pipe_stages)
     return Config(model=model, data=DataConfig(num_readers=WORLD_SIZE), train=train, parallel=parallel)
 
@@ -77,13 +74,12 @@ def steps_of(engine: Any, config: Any, count: int) -> list[float]:
     return ends
 
 
-def live(mode: str, width: int, folder: Path) -> dict[str, Any]:
+def live(config: Any, folder: Path) -> dict[str, Any]:
     """One job that goes through all removals; leaves the cuts of its pipeline for the jobs of the other way."""
     from entprune_ds import comm
     from entprune_ds.engine.build import build_engine, initialize_fresh
     from entprune_ds.engine.resize import resize
 
-    config = bench_config(mode, width)
     engine = build_engine(config, config.model)
     initialize_fresh(engine, seed=0)
     ends, seconds, reports, steps, cuts = steps_of(engine, config, STEPS), [], [], [], [engine.cut]
@@ -103,13 +99,12 @@ def live(mode: str, width: int, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def relaunched(mode: str, width: int, folder: Path, index: int) -> dict[str, Any]:
+def relaunched(config: Any, folder: Path, index: int) -> dict[str, Any]:
     """The job at DEPTHS[index]: loads what the one before has left, trains, and saves for the one after it."""
     from entprune_ds.engine.build import build_engine, initialize_fresh
     from entprune_ds.engine.checkpoint import range_reader, read_checkpoint, save_checkpoint
     from entprune_ds.engine.state import write_state
 
-    config = bench_config(mode, width)
     cut = json.loads((folder / "cuts.json").read_text())[index]  # as decisions record it: nothing is measured again
     engine = build_engine(config, replace(config.model, kept_blocks=kept_at(DEPTHS[index])), cut and tuple(cut))
     if index:
@@ -150,11 +145,8 @@ def worker(options: argparse.Namespace) -> None:
     from entprune_ds import comm
 
     comm.init(timeout_seconds=300)
-    folder = Path(options.folder)
-    if options.index is None:
-        result = live(options.modes[0], options.width, folder)
-    else:
-        result = relaunched(options.modes[0], options.width, folder, options.index)
+    folder, config = Path(options.folder), bench_config(options.modes[0], options.width, options.precision)
+    result = live(config, folder) if options.index is None else relaunched(config, folder, options.index)
     if comm.is_main():
         Path(options.result).write_text(json.dumps(result))
     os._exit(0)  # as fast as a relaunch can be: nothing is taken apart
@@ -163,7 +155,7 @@ def worker(options: argparse.Namespace) -> None:
 def measure(mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Both ways through the four removals; medians."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--modes", mode, "--width", str(options.width), "--folder", folder]
+        words = ["--modes", mode, "--width", str(options.width), "--precision", options.precision, "--folder", folder]
         found = job(words, options.threads)
         jobs = [job([*words, "--index", str(i)], options.threads) for i in range(len(DEPTHS))]
     seconds, steps = found["resize_seconds"], [statistics.median(s) for s in found["step_seconds"]]
@@ -174,7 +166,8 @@ def measure(mode: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.parts:
         print(json.dumps(found), file=sys.stderr)
     return {
-        "mode": mode, "resize_seconds": resize, "relaunch_seconds": relaunch, "step_seconds": step,
+        "mode": mode, "precision": options.precision,
+        "resize_seconds": resize, "relaunch_seconds": relaunch, "step_seconds": step,
         "relaunch_over_resize": relaunch / resize, "resize_in_steps": resize / step,
         "resize_overhead_seconds": resize_overhead, "relaunch_overhead_seconds": overhead,
         "overhead_ratio": overhead / resize_overhead,
@@ -187,6 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="what to measure")
     parser.add_argument("--width", type=int, default=384, help="width of the model")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of the forward pass")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 1) // WORLD_SIZE), help="per rank")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("--parts", action="store_true", help="every removal, on standard error")
