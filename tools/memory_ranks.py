@@ -14,6 +14,7 @@ STEPS = 3
 STAGES = [f"zero{stage}_{dtype}" for dtype in ("fp32", "bf16") for stage in range(4)]
 RELEASING = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 1_000_000}
 """ZeRO-3 that gathers a parameter for each use and releases it afterwards."""
+SMALL_BUCKET = {"reduce_bucket_size": 1_000_000}
 SHAPES: list[dict[str, Any]] = [
     {"hidden_size": 256, "depth": 12, "micro_batch": 4, "world_size": 1},
     {"hidden_size": 256, "depth": 12, "micro_batch": 16, "world_size": 2},
@@ -21,7 +22,11 @@ SHAPES: list[dict[str, Any]] = [
 ]
 FITTED = [{"ds_config": name, **shape} for name in STAGES for shape in SHAPES]
 FITTED += [{"ds_config": name, **SHAPES[1], "checkpointing": True} for name in ("zero1_fp32", "zero2_bf16")]
-FITTED += [{"ds_config": "zero3_fp32", **SHAPES[0], "world_size": 2, "zero": RELEASING}]
+FITTED += [
+    {"ds_config": f"zero3_{dtype}", **SHAPES[0], "world_size": 2, "zero": RELEASING} for dtype in ("fp32", "bf16")
+]
+FITTED += [{"ds_config": name, **SHAPES[0], "world_size": 4} for name in STAGES if not name.startswith("zero0")]
+FITTED += [{"ds_config": f"zero{stage}_fp32", **SHAPES[2], "zero": SMALL_BUCKET} for stage in (1, 2)]
 TWO = {"world_size": 2, "micro_batch": 4}
 HELD_OUT: list[dict[str, Any]] = [
     {"ds_config": "zero0_fp32", "hidden_size": 448, "depth": 10, "micro_batch": 8, "world_size": 1},
