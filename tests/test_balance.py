@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entprune_ds.engine.balance import best_cut, cut_by_cost, stage_costs
-from entprune_ds.engine.layer_costs import LayerCosts, measure_costs
+from entprune_ds.engine.checkpoint import Checkpoint
+from entprune_ds.engine.layer_costs import LayerCosts, conditions_of, costs_as_json, measure_costs
+from entprune_ds.run_state import saved_cut
 from tests.workers.pipeline import pipe_config
 
 
@@ -61,6 +65,23 @@ def test_blocks_are_cut_by_cost_and_stay_where_they_are_when_it_costs_nothing():
     even = LayerCosts(10, 20, 10)  # 50 and 30 or 30 and 50
     for stage_of_1, expected in ((0, (2, 1)), (1, (1, 2))):
         assert cut_by_cost(config, three, 2, 1, even, {0: 0, 1: stage_of_1, 3: 1}) == expected
+
+
+def test_a_cut_is_used_again_only_where_layers_cost_the_same():
+    config = pipe_config(1, "fp32", 1)
+    costs = LayerCosts(10, 20, 30, 0, 2, (), conditions_of(config))
+
+    def again(config, kept=(0, 1, 2, 3), cut=(4,), costs=costs):
+        record = {"cut": list(cut), "costs": costs_as_json(costs)}
+        return saved_cut(config, Checkpoint(Path(), {"kept_blocks": kept, "record": record}))
+
+    assert again(config) == ((4,), costs)
+    assert again(config, cut=(2, 2)) == (None, None)  # other stages
+    assert again(replace(config, parallel=pipe_config(1, "bf16", 1).parallel)) == (None, None)
+    for switch in ("activation_checkpointing", "compile"):
+        assert again(replace(config, model=replace(config.model, **{switch: True}))) == (None, None), switch
+    assert again(config, costs=None) == ((4,), None)  # written before any measurement
+    assert measure_costs(config, config.model, 1, 1).conditions == "cpu, torch.float32"
 
 
 def test_costs_are_those_of_the_layers_and_measuring_touches_nothing():

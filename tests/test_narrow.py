@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from entprune_ds.config import config_from_dict, load_config, model_problems, problems_of, to_dict, to_yaml
 from entprune_ds.engine.balance import cut_by_cost, stage_costs
-from entprune_ds.engine.layer_costs import LayerCosts, costs_as_json, costs_from_json, measure_costs
+from entprune_ds.engine.layer_costs import LayerCosts, conditions_of, costs_as_json, costs_from_json, measure_costs
 from entprune_ds.engine.transfer import narrowed_ranges
 from entprune_ds.export import write_model
 from entprune_ds.interop.safetensors import open_export, save_model
@@ -149,14 +149,15 @@ def test_exports_carry_the_widths_and_formats_without_them_are_refused(tmp_path)
 
 def test_pipelines_are_cut_by_the_cost_of_every_width():
     config = pipe_config(1, "fp32", 2, num_heads=4)
-    costs = LayerCosts(10, 40, 10, 0, 2, ((2, 25, 10), (4, 1, 20)))
+    costs = LayerCosts(10, 40, 10, 0, 2, ((2, 25, 10), (4, 1, 20)), conditions_of(config))
     assert stage_costs(costs, NARROW, (2, 2)) == [60, 70] and stage_costs(costs, NARROW, (3, 1)) == [80, 50]
     assert cut_by_cost(config, NARROW, 2, 1, costs) == (2, 2)
     assert cut_by_cost(config, replace(NARROW, block_widths=((2, 2, 25), (3, 2, 25))), 2, 1, costs) == (1, 3)
-    assert costs.know(NARROW, 2) and not costs.know(NARROW, 4)
-    assert not costs.know(replace(NARROW, block_widths=((1, 2, 26),)), 2)
+    assert costs.know(config, NARROW, 1) and not costs.know(config, replace(NARROW, block_widths=((1, 2, 26),)), 1)
+    assert not costs.know(replace(config, train=replace(config.train, micro_batch_size=4)), NARROW, 1)
+    assert not costs.know(replace(config, model=replace(config.model, compile=True)), NARROW, 1)
     assert costs_from_json(json.loads(json.dumps(costs_as_json(costs)))) == costs
-    assert costs_from_json([1, 2, 3, 4, 5]) == LayerCosts(1, 2, 3, 4, 5) and costs_from_json(None) is None
+    assert costs_from_json([1, 2, 3, 4, 5]) is costs_from_json(None) is None
     wide = replace(config.model, hidden_size=128, input_size=16)
     measured = measure_costs(config, replace(wide, block_widths=((0, 1, 8), (2, 1, 8), (3, 4, 8))), 1)
     (narrowest, cost), (_, middle) = (((h, c), ns) for h, c, ns in measured.narrow)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from entprune_ds.diffusion.objective import FlowObjective
+from entprune_ds.engine.checkpoint import manifest_sha256
 from entprune_ds.engine.transfer import transfers
 from entprune_ds.models.dit import DiT, initialize
 from tests.ranks import run_ranks
@@ -145,6 +146,7 @@ def test_checkpoints_keep_the_state_from_topology_to_topology(digits, tmp_path, 
     total = sum(torch.Size(shape).numel() for shape in manifest["shapes"].values())
     recorded = {"cut": [2, 0]}  # no measurement would choose it: it is followed because it is recorded
     manifest["record"] |= recorded
+    manifest["sha256"] = manifest_sha256(manifest)
     (source / "manifest.json").write_text(json.dumps(manifest))
     for number, (zero_stage, world_size, stages) in enumerate(hops):
         out = tmp_path / f"carried_{number}"

@@ -240,6 +240,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_silently_restarted(digits
     (newest.folder / "rank_00000.safetensors").write_bytes(data[:-1])  # truncated
     assert find_checkpoint(root, warnings.append).step == 4
     assert "step_00000008 is damaged" in warnings[0]
+    (newest.folder / "rank_00000.safetensors").write_bytes(data)
+    for change, found in ({"adam_step": 80}, 4), ({"sha256": None}, 4), ({}, 8):  # as written, it counts again
+        (newest.folder / "manifest.json").write_text(json.dumps(newest.manifest | change))
+        assert find_checkpoint(root, warnings.append).step == found, change
+    assert ["manifest.json has the checksum" in text for text in warnings] == [False, True, True]
+    unsigned = {key: value for key, value in newest.manifest.items() if key != "sha256"}  # by an older version
+    (newest.folder / "manifest.json").write_text(json.dumps(unsigned))
+    assert find_checkpoint(root, warnings.append).step == 8
     for folder in root.glob("step_*"):
         path = folder / "rank_00000.safetensors"
         data = bytearray(path.read_bytes())

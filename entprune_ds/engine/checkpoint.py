@@ -1,7 +1,7 @@
 """Resumable checkpoints: one safetensors file per rank and a JSON manifest; nothing is ever unpickled.
 
     checkpoints/step_00000100/rank_00000.safetensors   this rank's pieces, "KEY/NAME" -> (numel,) f32
-    checkpoints/step_00000100/manifest.json            who holds what, checksums, the training record
+    checkpoints/step_00000100/manifest.json            who holds what, checksums (its own too), the training record
     checkpoints/latest                                 name of the newest complete one, written last
 
 A folder appears under its final name only when it is complete: temporary name, fsync, rename.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from entprune_ds import comm, fault_points
 from entprune_ds.atomic import file_sha256, sync, write_text
-from entprune_ds.config import ModelConfig
+from entprune_ds.config import ModelConfig, digest
 from entprune_ds.engine.build import Engine
 from entprune_ds.engine.state import KEYS, Piece, state_tensor, write_state
 
@@ -95,6 +95,7 @@ def save_checkpoint(engine: Engine, root: Path, step: int, record: dict[str, Any
             "files": files, "record": record,
         }  # fmt: skip
         try:
+            manifest["sha256"] = manifest_sha256(manifest)
             write_text(temporary / "manifest.json", json.dumps(manifest, allow_nan=False))
             sync(temporary)
             shutil.rmtree(final, ignore_errors=True)
@@ -133,6 +134,11 @@ def _write_pieces(engine: Engine, path: Path) -> dict[str, Any]:
     save_file(tensors, path)
     sync(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "ranges": ranges}
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """Checksum of all that a manifest says, as it is read back (JSON knows no tuples), itself apart."""
+    return digest(json.loads(json.dumps({k: v for k, v in manifest.items() if k != "sha256"})))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -184,6 +190,8 @@ def file_problems(folder: Path) -> list[str]:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] > FORMAT:
             return []  # not damaged: read_checkpoint says what it is
+        if manifest.get("sha256", known := manifest_sha256(manifest)) != known:  # older checkpoints have none
+            return [f"manifest.json has the checksum {known}, not the one that it names"]
         for entry in manifest["files"][comm.rank() :: comm.world_size()]:
             path = folder / entry["name"]
             if path.stat().st_size != entry["bytes"]:

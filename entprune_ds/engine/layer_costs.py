@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,16 +34,26 @@ class LayerCosts:
     """Examples that the times are for."""
     narrow: tuple[tuple[int, int, int], ...] = ()
     """Heads, MLP channels and nanoseconds of each kind of narrow block."""
+    conditions: str = ""
+    """What else decides about the times, see `conditions_of`."""
 
     def of_layers(self, model_config: ModelConfig) -> list[int]:
         """Stem, blocks, head."""
         of_widths = {(heads, channels): cost for heads, channels, cost in self.narrow}
         return [self.stem, *(of_widths.get(model_config.widths(b), self.block) for b in model_config.blocks), self.head]
 
-    def know(self, model_config: ModelConfig, micro_batch: int) -> bool:
-        """Whether the times are those of these blocks and this micro-batch."""
+    def know(self, config: Config, model_config: ModelConfig, dp_size: int) -> bool:
+        """Whether the times are those of these blocks, at this micro-batch and under these conditions."""
         known = {kind[:2] for kind in self.narrow}
-        return self.micro_batch == micro_batch and {kind[1:] for kind in model_config.block_widths} <= known
+        asked = (batch_plan(config, dp_size)[0], conditions_of(config))
+        return asked == (self.micro_batch, self.conditions) and {w[1:] for w in model_config.block_widths} <= known
+
+
+def conditions_of(config: Config) -> str:
+    """Device, precision and the switches of the model that change what a layer costs."""
+    device = torch.cuda.get_device_name(comm.device()) if comm.device().type == "cuda" else "cpu"
+    switches = {name: getattr(config.model, name) for name in ("activation_checkpointing", "compile")}
+    return ", ".join([device, str(training_dtype(read_ds_config(config))), *(n for n, on in switches.items() if on)])
 
 
 def measure_costs(config: Config, model_config: ModelConfig, num_stages: int, repeats: int = REPEATS) -> LayerCosts:
@@ -90,7 +100,7 @@ def measure_costs(config: Config, model_config: ModelConfig, num_stages: int, re
     ranks = comm.all_gather_json([int(1e9 * seconds) for seconds in times])
     stem_cost, head_cost, block_cost, *costs = (int(statistics.median(column)) for column in zip(*ranks, strict=True))
     narrow = tuple((*widths, cost) for widths, cost in zip(kinds, costs, strict=True))
-    return LayerCosts(stem_cost, block_cost, head_cost, held, micro, narrow)
+    return LayerCosts(stem_cost, block_cost, head_cost, held, micro, narrow, conditions_of(config))
 
 
 def _fill(tensors: list[Tensor]) -> list[Tensor]:
@@ -142,15 +152,13 @@ def saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
     return sum(kept.values())
 
 
-def costs_as_json(costs: LayerCosts | None) -> list[Any] | None:
+def costs_as_json(costs: LayerCosts | None) -> dict[str, Any] | None:
     """Plain values for the checkpoint."""
-    return None if costs is None else list(astuple(costs))
+    return None if costs is None else asdict(costs)
 
 
-def costs_from_json(values: list[Any] | None) -> LayerCosts | None:
-    """What `costs_as_json` wrote; older checkpoints know of no narrow blocks."""
-    if not values:
+def costs_from_json(values: dict[str, Any] | list[Any] | None) -> LayerCosts | None:
+    """What `costs_as_json` wrote; the lists of older checkpoints do not say under which conditions: None."""
+    if not isinstance(values, dict):
         return None
-    narrow = tuple(tuple(kind) for kinds in values[5:] for kind in kinds)
-    stem, block, head, activation_bytes, micro_batch = values[:5]
-    return LayerCosts(stem, block, head, activation_bytes, micro_batch, narrow)
+    return LayerCosts(**values | {"narrow": tuple(tuple(kind) for kind in values["narrow"])})

@@ -13,7 +13,7 @@ from entprune_ds import comm, fault_points
 from entprune_ds.config import Config, ModelConfig
 from entprune_ds.engine.balance import Cut, check_cut, cut_by_cost
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine
-from entprune_ds.engine.ds_config import batch_plan, stages_at
+from entprune_ds.engine.ds_config import stages_at
 from entprune_ds.engine.layer_costs import measure_costs
 from entprune_ds.engine.transfer import fill, missing_bytes, narrowed_ranges, park
 from entprune_ds.pruning.surgery import Narrowing, narrowed, selections
@@ -49,7 +49,7 @@ def names_after(engine: Engine, kept_blocks: tuple[int, ...]) -> list[str]:
 def next_cut(engine: Engine, config: Config, model_config: ModelConfig) -> Cut | None:
     """The best cut of a pipeline for this architecture, None without a pipeline. Collective, and inert.
 
-    Costs are measured when the engine does not know them for the widths and the micro-batch, and kept with it.
+    Costs are measured when the engine does not know them for what it now trains, and kept with it.
 
     Args:
         model_config: that of the engine with fewer blocks (sorted), or with narrower ones.
@@ -61,7 +61,7 @@ def next_cut(engine: Engine, config: Config, model_config: ModelConfig) -> Cut |
     if stages == 1:
         return None
     dp_size = world_size // stages
-    if engine.costs is None or not engine.costs.know(model_config, batch_plan(config, dp_size)[0]):
+    if engine.costs is None or not engine.costs.know(config, model_config, dp_size):
         engine.costs = measure_costs(config, model_config, stages)
     if stages != len(engine.cut):  # every stage lies on other ranks
         return cut_by_cost(config, model_config, stages, dp_size, engine.costs)
