@@ -25,7 +25,7 @@ from entprune_ds.engine.checkpoint import (
     save_checkpoint,
 )
 from entprune_ds.engine.ds_config import stages_at
-from entprune_ds.engine.layer_costs import LayerCosts, conditions_of, costs_as_json, costs_from_json
+from entprune_ds.engine.layer_costs import LayerCosts, costs_as_json, costs_from_json
 from entprune_ds.engine.state import Piece, write_state
 from entprune_ds.environment import environment, launch_command
 from entprune_ds.faults import check_space
@@ -117,8 +117,8 @@ def saved_cut(config: Config, found: Checkpoint | None) -> tuple[Cut | None, Lay
     cut, costs = record.get("cut"), costs_from_json(record.get("costs"))
     if found is None or cut is None or len(cut) != stages_at(config, comm.world_size(), len(found.kept_blocks)):
         return None, None
-    if costs is not None and costs.conditions != conditions_of(config):
-        return None, None  # other precision, switches or GPU than before: measured and cut again
+    if costs is not None and not costs.know(config, found.model(config.model), comm.world_size() // len(cut)):
+        return None, None  # another micro-batch, precision or switch than before: measured and cut again
     return tuple(cut), costs
 
 

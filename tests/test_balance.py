@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entprune_ds.comm import DistributedError
+from entprune_ds.engine import balance
 from entprune_ds.engine.balance import best_cut, cut_by_cost, stage_costs
 from entprune_ds.engine.checkpoint import Checkpoint
 from entprune_ds.engine.layer_costs import LayerCosts, conditions_of, costs_as_json, measure_costs
@@ -67,6 +69,17 @@ def test_blocks_are_cut_by_cost_and_stay_where_they_are_when_it_costs_nothing():
         assert cut_by_cost(config, three, 2, 1, even, {0: 0, 1: stage_of_1, 3: 1}) == expected
 
 
+def test_a_stage_keeps_within_the_memory_of_its_device(monkeypatch):
+    config = pipe_config(1, "fp32", 2)
+    costs = LayerCosts(50, 10, 10, activation_bytes=10**9)
+    assert cut_by_cost(config, config.model, 2, 1, costs) == (0, 4)
+    monkeypatch.setattr(balance, "_memory_limit", lambda: 9 * 10**9)  # 2 GB a layer in flight: at most four on a stage
+    assert cut_by_cost(config, config.model, 2, 1, costs) == (1, 3)
+    monkeypatch.setattr(balance, "_memory_limit", lambda: 5 * 10**9)
+    with pytest.raises(DistributedError, match=r"within 5000000000 bytes\. Raise `parallel\.pipe_stages`"):
+        cut_by_cost(config, config.model, 2, 1, costs)
+
+
 def test_a_cut_is_used_again_only_where_layers_cost_the_same():
     config = pipe_config(1, "fp32", 1)
     costs = LayerCosts(10, 20, 30, 0, 2, (), conditions_of(config))
@@ -78,6 +91,7 @@ def test_a_cut_is_used_again_only_where_layers_cost_the_same():
     assert again(config) == ((4,), costs)
     assert again(config, cut=(2, 2)) == (None, None)  # other stages
     assert again(replace(config, parallel=pipe_config(1, "bf16", 1).parallel)) == (None, None)
+    assert again(replace(config, train=replace(config.train, micro_batch_size=4))) == (None, None)
     for switch in ("activation_checkpointing", "compile"):
         assert again(replace(config, model=replace(config.model, **{switch: True}))) == (None, None), switch
     assert again(config, costs=None) == ((4,), None)  # written before any measurement

@@ -21,6 +21,7 @@ from entprune_ds import fault_points
 from entprune_ds.atomic import file_sha256
 from entprune_ds.config import load_config
 from entprune_ds.data.stream import Stream
+from entprune_ds.engine.checkpoint import manifest_sha256
 from tests.ranks import free_port, run_ranks
 from tests.test_training import equal_state, losses, words
 
@@ -241,7 +242,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_parameters(digits, tm
 def test_a_checkpoint_of_a_newer_version_is_refused_by_all_ranks_and_stays(digits, tmp_path):
     run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "a", "train.num_steps=8")])
     manifest = tmp_path / "a" / "checkpoints" / "step_00000008" / "manifest.json"
-    manifest.write_text(newer := manifest.read_text().replace('"format": 1', '"format": 2'))
+    values = json.loads(manifest.read_text()) | {"format": 2}
+    manifest.write_text(newer := json.dumps(values | {"sha256": manifest_sha256(values)}))
     process = launch(words(digits, tmp_path, "a", "train.num_steps=8"), tmp_path / "log")
     assert finish(process, seconds=100) == 2
     text = (tmp_path / "log").read_text()

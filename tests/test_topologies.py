@@ -22,12 +22,16 @@ METHODS = {
     "criterion explicit": ["prune.criterion=explicit", "prune.explicit_order=[1,2]"],
     "vote by NTK alone": ["prune.vote_weights=[1,0]"],
     "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
+    "gradient-flow soft pruning": ["prune.criterion=gradient_flow"],
+    "distillation from a teacher": ["recovery.teacher=runs/base"],
 }
 REFUSALS = {
     "pipe, zero2": "Set parallel.zero_stage=1, or parallel.pipe_stages=1",
     "pipe, zero3": "Set parallel.zero_stage=1, or parallel.pipe_stages=1",
     "compiled blocks": "Set model.compile=false, or choose stage 0, 1 or 2",
     "offload of the optimizer": "or remove offload_optimizer",
+    "gradient-flow soft pruning": "`prune.criterion` must be one of",
+    "distillation from a teacher": "`recovery` is not a setting",
     "regrow_micro_batch": "Switch it off, or train without a pipeline",
 }
 RUN = ["prune.start_step=1", "train.num_steps=7", "prune.end_step=6", "train.validate_every=0", "sample.grid=1"]

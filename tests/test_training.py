@@ -54,21 +54,32 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
-@pytest.mark.parametrize(
-    ("zero_stage", "world_size"), [(3, 2), *(pytest.param(s, w, marks=FULL) for s in (0, 1, 2) for w in (1, 2))]
-)
-def test_checks_that_remove_nothing_change_nothing(digits, tmp_path, zero_stage, world_size):
-    ds = f"parallel.ds_config=zero{zero_stage}_fp32"
+INERT = [
+    pytest.param("zero3_fp32", 2, 1),
+    *(pytest.param(f"zero{stage}_fp32", world, 1, marks=FULL) for stage in (0, 1, 2) for world in (1, 2)),
+    *(pytest.param(name, 2, 1, marks=FULL) for name in ("zero0_bf16", "zero1_bf16", "zero2_bf16", "zero3_bf16")),
+    *(pytest.param(name, 2, 2, marks=FULL) for name in ("zero0_fp32", "zero1_fp32", "zero1_bf16")),
+    pytest.param("zero1_fp32", 4, 2, marks=FULL),
+]
+
+
+@pytest.mark.parametrize(("ds_config", "world_size", "stages"), INERT)
+def test_checks_that_remove_nothing_change_nothing(digits, tmp_path, ds_config, world_size, stages):
+    common = [f"parallel.ds_config={ds_config}", f"parallel.pipe_stages={stages}"]
     runs = [
-        words(digits, tmp_path, "checked", ds, "prune.score_only=true"),
-        words(digits, tmp_path, "plain", ds, "prune.target_depth=null"),
+        words(digits, tmp_path, "checked", *common, "prune.score_only=true"),
+        words(digits, tmp_path, "plain", *common, "prune.target_depth=null"),
     ]
     run_ranks("tests.workers.training:train", world_size, runs=runs)
     assert len((tmp_path / "checked" / "decisions.jsonl").read_text().splitlines()) == 2
-    assert losses(tmp_path / "checked") == losses(tmp_path / "plain")
-    assert len(losses(tmp_path / "plain")) == 12
-    last = "checkpoints/step_00000012"
-    assert equal_state(tmp_path / "checked" / last, tmp_path / "plain" / last)
+    checked, plain, last = tmp_path / "checked", tmp_path / "plain", "checkpoints/step_00000012"
+    cuts = [json.loads((run / last / "manifest.json").read_text())["record"]["cut"] for run in (checked, plain)]
+    assert len(losses(plain)) == 12
+    if cuts[0] == cuts[1]:
+        assert losses(checked) == losses(plain)
+        assert equal_state(checked / last, plain / last)
+    else:  # the times that were measured differ, and so does the order of sums
+        assert stages > 1 and losses(checked) == pytest.approx(losses(plain), rel=1e-5 if "fp32" in ds_config else 1e-2)
 
 
 def test_a_run_prunes_exports_and_resumes_exactly(digits, tmp_path):
@@ -169,10 +180,15 @@ def test_checkpoints_resume_at_another_stage_and_world_size(digits, tmp_path):
     assert all(torch.isfinite(t).all() for t in after.values())
 
 
-def test_scores_are_equal_on_all_ranks_and_equal_to_brute_force(digits, tmp_path):
+QUICK_SCORES = [(3, 2, 1), (1, 1, 1), (1, 2, 2)]
+ALL_SCORES = [(3, 4, 1), (1, 1, 1), (0, 2, 1), (1, 2, 1), (2, 2, 1), (0, 4, 2), (1, 4, 4)]
+
+
+@pytest.mark.parametrize("topologies", [QUICK_SCORES, pytest.param(ALL_SCORES, marks=FULL)], ids=["quick", "all"])
+def test_scores_are_equal_on_all_ranks_and_equal_to_brute_force(digits, tmp_path, topologies):
     run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "m", "prune.target_depth=null")])
     export, results = str(tmp_path / "m" / "model"), []
-    for zero_stage, world_size, stages in ((3, 2, 1), (1, 1, 1), (1, 2, 2)):
+    for zero_stage, world_size, stages in topologies:
         arguments = {"export": export, "shards": f"{digits}/train", "zero_stage": zero_stage, "out": str(tmp_path)}
         arguments["stages"] = stages
         ranks = run_ranks("tests.workers.training:scores", world_size, **arguments)
@@ -228,6 +244,16 @@ def brute_force(export: str, digits: str) -> dict[str, dict[str, float]]:
     return result
 
 
+def test_the_newest_checkpoints_and_those_before_removals_are_kept(tmp_path):
+    from entprune_ds.engine.checkpoint import prune_old, step_folders
+
+    for name in [*(f"step_{step:08d}" for step in range(0, 100, 10)), "step_00000020_backup", "superseded_1"]:
+        (tmp_path / name).mkdir()
+    prune_old(tmp_path, keep_last=2, keep_steps={30, 60})
+    assert [int(p.name[5:]) for p in step_folders(tmp_path)] == [30, 60, 80, 90]
+    assert (tmp_path / "step_00000020_backup").is_dir() and (tmp_path / "superseded_1").is_dir()
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_never_silently_restarted(digits, tmp_path, capsys):
     from entprune_ds import comm
     from entprune_ds.engine.checkpoint import find_checkpoint
@@ -241,10 +267,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_silently_restarted(digits
     assert find_checkpoint(root, warnings.append).step == 4
     assert "step_00000008 is damaged" in warnings[0]
     (newest.folder / "rank_00000.safetensors").write_bytes(data)
-    for change, found in ({"adam_step": 80}, 4), ({"sha256": None}, 4), ({}, 8):  # as written, it counts again
+    for change, found in (
+        ({"adam_step": 80}, 4),
+        ({"format": 9}, 4),
+        ({"sha256": None}, 4),
+        ({}, 8),
+    ):  # as written, it counts again
         (newest.folder / "manifest.json").write_text(json.dumps(newest.manifest | change))
         assert find_checkpoint(root, warnings.append).step == found, change
-    assert ["manifest.json has the checksum" in text for text in warnings] == [False, True, True]
+    assert ["manifest.json has the checksum" in text for text in warnings] == [False, True, True, True]
     unsigned = {key: value for key, value in newest.manifest.items() if key != "sha256"}  # by an older version
     (newest.folder / "manifest.json").write_text(json.dumps(unsigned))
     assert find_checkpoint(root, warnings.append).step == 8

@@ -134,7 +134,11 @@ def job(arguments: list[str], threads: int) -> dict[str, Any]:
             command = [sys.executable, __file__, "--result", f"{scratch}/result", *arguments]
             with open(f"{scratch}/log_{rank}", "w") as log:
                 processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-        codes = [p.wait(600) for p in processes]
+        try:
+            codes = [p.wait(600) for p in processes]
+        finally:  # of ranks that wait for a dead one
+            for process in processes:
+                process.kill()
         if any(codes):
             raise RuntimeError("\n".join(Path(f"{scratch}/log_{r}").read_text()[-3000:] for r in range(WORLD_SIZE)))
         return json.loads(Path(f"{scratch}/result").read_text())

@@ -188,10 +188,10 @@ def file_problems(folder: Path) -> list[str]:
     """What is wrong with the files of a checkpoint that this rank checks (every world_size-th). Local."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] > FORMAT:
-            return []  # not damaged: read_checkpoint says what it is
         if manifest.get("sha256", known := manifest_sha256(manifest)) != known:  # older checkpoints have none
             return [f"manifest.json has the checksum {known}, not the one that it names"]
+        if manifest["format"] > FORMAT:
+            return []  # not damaged: read_checkpoint says what it is
         for entry in manifest["files"][comm.rank() :: comm.world_size()]:
             path = folder / entry["name"]
             if path.stat().st_size != entry["bytes"]:

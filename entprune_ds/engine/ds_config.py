@@ -138,7 +138,8 @@ def batch_plan(config: Config, dp_size: int, depth: int | None = None) -> tuple[
 BLOCK_INPUTS = 20
 """Activations that a block keeps for its backward pass, in units of its input; counted by saved_tensors_hooks."""
 WORKING_BLOCKS = 6
-"""What an example needs beside what the blocks keep, in units of one block's activations; see estimate.json."""
+"""What an example needs beside what the blocks keep, in units of one block's activations. It must not be too small:
+regrown micro-batches would not fit; tests compare it with what was measured (working_blocks of estimate.json)."""
 
 
 def _activations(config: Config, depth: int) -> float:

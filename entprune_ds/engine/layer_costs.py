@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -50,10 +50,9 @@ class LayerCosts:
 
 
 def conditions_of(config: Config) -> str:
-    """Device, precision and the switches of the model that change what a layer costs."""
-    device = torch.cuda.get_device_name(comm.device()) if comm.device().type == "cuda" else "cpu"
-    switches = {name: getattr(config.model, name) for name in ("activation_checkpointing", "compile")}
-    return ", ".join([device, str(training_dtype(read_ds_config(config))), *(n for n, on in switches.items() if on)])
+    """Kind of device, precision and switches of the model: what changes the cost of a layer. Equal on all ranks."""
+    switches = [name for name in ("activation_checkpointing", "compile") if getattr(config.model, name)]
+    return ", ".join([comm.device().type, str(training_dtype(read_ds_config(config))), *switches])
 
 
 def measure_costs(config: Config, model_config: ModelConfig, num_stages: int, repeats: int = REPEATS) -> LayerCosts:
@@ -158,7 +157,7 @@ def costs_as_json(costs: LayerCosts | None) -> dict[str, Any] | None:
 
 
 def costs_from_json(values: dict[str, Any] | list[Any] | None) -> LayerCosts | None:
-    """What `costs_as_json` wrote; the lists of older checkpoints do not say under which conditions: None."""
-    if not isinstance(values, dict):
+    """What `costs_as_json` wrote; None for that of other versions, which says less or more."""
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(LayerCosts)}:
         return None
     return LayerCosts(**values | {"narrow": tuple(tuple(kind) for kind in values["narrow"])})
