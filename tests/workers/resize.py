@@ -19,6 +19,8 @@ from entprune_ds.models.layers import position_embedding
 from tests.tiny import tiny_config, tiny_draws
 
 STEPS_BEFORE, STEPS_AFTER = 4, 20
+OTHER = {"lr": 7e-4, "weight_decay": 0.1}
+"""Settings that the optimizer gets before every resize, unlike the config's."""
 
 
 def train_steps(engine: Engine, config: Config, first: int, count: int) -> list[str]:
@@ -65,6 +67,17 @@ def stage0_weights(engine: Engine) -> list:
     return [p for group in engine.optimizer.param_groups for p in group["params"]]
 
 
+def change_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Train with OTHER from here on."""
+    for group in optimizer.param_groups:
+        group.update(OTHER)
+
+
+def settings(engine: Engine) -> list[dict]:
+    """All that the groups of the optimizer hold beside the parameters."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+
+
 def live(folder: str, zero_stage: int, dtype: str, scenarios: dict[str, list[list[int]]]) -> dict:
     """Per scenario: train, write the state by public calls, resize (several times), go on for 20 steps."""
     return {name: live_once(f"{folder}/{name}", zero_stage, dtype, removals) for name, removals in scenarios.items()}
@@ -74,12 +87,14 @@ def live_once(path: str, zero_stage: int, dtype: str, removals: list[list[int]])
     config = tiny_config(zero_stage, dtype)
     engine = build_engine(config, config.model)
     initialize_fresh(engine, config.run.seed)
-    losses, traffic = [], []
+    losses, traffic, settings_kept = [], [], True
     for kept in removals:
         losses += train_steps(engine, config, len(losses), STEPS_BEFORE)
-        before = public_state(engine)
+        change_settings(engine.optimizer)
+        before, set_before = public_state(engine), settings(engine)
         engine, report = resize(engine, config, tuple(kept))
         traffic.append([report.bytes_state, report.bytes_minimum])
+        settings_kept &= settings(engine) == set_before
     if comm.is_main():
         save_file(before, f"{path}_before.safetensors")
     after = train_steps(engine, config, len(losses), STEPS_AFTER)
@@ -90,7 +105,8 @@ def live_once(path: str, zero_stage: int, dtype: str, removals: list[list[int]])
     positions = position_embedding(config.model.hidden_size, engine.ds.module.side).to(engine.dtype)
     same = torch.equal(engine.ds.module.pos_embed.cpu().to(engine.dtype), positions)
     destroy_engine(engine)
-    return {"before": losses, "after": after, "held": held, "positions": same, "traffic": traffic}
+    found = {"before": losses, "after": after, "held": held, "positions": same, "traffic": traffic}
+    return found | {"settings_kept": settings_kept}
 
 
 def fresh(
@@ -102,6 +118,7 @@ def fresh(
     for name, mutation in runs:
         steps, kept = STEPS_BEFORE * len(scenarios[name]), tuple(scenarios[name][-1])
         engine = build_engine(config, replace(config.model, kept_blocks=kept))
+        change_settings(engine.optimizer)
         fill(engine, load_file(f"{folder}/{name}_before.safetensors"), steps, mutation)
         losses[f"{name}_{mutation}"] = train_steps(engine, config, steps, STEPS_AFTER)
         state = public_state(engine)
@@ -138,13 +155,12 @@ def fill(engine: Engine, state: dict[str, torch.Tensor], steps: int, mutation: s
     push_weights(engine.ds)
 
 
-def reference(folder: str, scenarios: dict[str, list[list[int]]]) -> dict:
+def reference(folder: str, scenarios: dict[str, list[list[int]]], grad_clip: float | None = None) -> dict:
     """One process, no DeepSpeed: DiT, torch AdamW, clipping and EMA, removing the same blocks at the same steps."""
-    losses = {}
+    losses, config = {}, tiny_config(0)
+    train = config.train if grad_clip is None else replace(config.train, grad_clip=grad_clip)
     for scenario, removals in scenarios.items():
-        config = tiny_config(0)
         model = initialize(DiT(config.model), config.run.seed)
-        train = config.train
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
         )
@@ -156,6 +172,7 @@ def reference(folder: str, scenarios: dict[str, list[list[int]]]) -> dict:
                     del model.blocks[block]
                 left = list(model.parameters())
                 optimizer.param_groups[0]["params"], count = left, 0
+                change_settings(optimizer)
             draws = tiny_draws(config, step, 0, 1)
             loss = FlowObjective().loss(model(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean()
             loss.backward()
