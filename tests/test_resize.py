@@ -95,12 +95,14 @@ def agree_with_reference(reference: tuple, name: str, ranks: list[dict], state: 
         assert (found - expected).norm() <= 1e-4 * expected.norm(), key
 
 
-def test_impossible_resizes_are_refused_on_all_ranks_and_change_nothing():
-    results = run_ranks("tests.workers.resize:refusals", 2, zero_stage=1)
+@pytest.mark.parametrize("zero_stage", [1, *(pytest.param(stage, marks=FULL) for stage in (0, 2, 3))])
+def test_impossible_resizes_are_refused_on_all_ranks_and_change_nothing(zero_stage):
+    results = run_ranks("tests.workers.resize:refusals", 2, zero_stage=zero_stage)
     for result in results:
         assert len(result["messages"]) == 6
         assert "not a proper subset" in result["messages"][0]
         assert "the cut [1, 1] does not give 2 blocks to 1 stages" in result["messages"][3]
         assert "differs between rank 0 and ranks [1]" in result["messages"][4]
         assert "must stand between optimizer steps, not inside a gradient accumulation" in result["messages"][5]
-        assert len(result["losses"]) == 2 and result["steps"] == [1, 1] and result["depth"] == 2
+        assert result["steps"] == [2, 2] and result["depth"] == 2
+        assert result["same"]

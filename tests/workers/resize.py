@@ -189,42 +189,45 @@ def reference(folder: str, scenarios: dict[str, list[list[int]]], grad_clip: flo
     return losses
 
 
+def refused(engine: Engine, config: Config, kept: tuple[int, ...], cut: tuple[int, ...] | None = None) -> str:
+    """What resize() says to an impossible request, which must leave the state as it is, to the bit."""
+    before = public_state(engine)
+    try:
+        resize(engine, config, kept, cut)
+    except (ValueError, RuntimeError) as error:
+        after = public_state(engine)
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before), error
+        return str(error)
+    raise AssertionError(f"a resize to blocks {kept} with the cut {cut} was not refused")
+
+
 def refusals(zero_stage: int) -> dict:
-    """What resize() says to impossible requests; the engine must still train afterwards."""
-    config = tiny_config(zero_stage)
+    """What resize() says to impossible requests, and whether a training that makes them ends like one that does not."""
+    config, messages, states = tiny_config(zero_stage), [], []
     config = replace(config, train=replace(config.train, micro_batch_size=2))
-    engine = build_engine(config, config.model)
-    initialize_fresh(engine, 0)
-    messages = []
-    for kept in ((), (0, 1, 2, 3), (0, 9)):
-        try:
-            resize(engine, config, kept)
-        except ValueError as error:
-            messages.append(str(error))
-    try:
-        resize(engine, config, (0, 1), cut=(1, 1))
-    except ValueError as error:
-        messages.append(str(error))
-    different = (0, 1) if comm.is_main() else (0, 2)
-    try:
-        resize(engine, config, different)
-    except comm.DistributedError as error:
-        messages.append(str(error))
-    first, second = tiny_draws(config, 0, comm.rank(), comm.world_size()).split(2)
-    losses = []
-    for draws in (first, second):
-        loss = FlowObjective().loss(engine.ds(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean()
-        engine.ds.backward(loss)
-        engine.ds.step()
-        losses.append(loss.item())
-        if len(losses) == 1:  # in the middle of an accumulation
-            try:
-                resize(engine, config, (0, 1))
-            except RuntimeError as error:
-                messages.append(str(error))
-    steps = [engine.adam_step]
-    engine, _ = resize(engine, config, (0, 1))
-    return {"messages": messages, "losses": losses, "steps": [*steps, engine.adam_step], "depth": engine.depth}
+    for asks in (False, True):
+        engine = build_engine(config, config.model)
+        initialize_fresh(engine, 0)
+        first, second = (tiny_draws(config, step, comm.rank(), comm.world_size()).split(2) for step in (0, 1))
+        train_step(engine, first, FlowObjective().loss)
+        if asks:
+            different = (0, 1) if comm.is_main() else (0, 2)
+            messages += [refused(engine, config, kept) for kept in ((), (0, 1, 2, 3), (0, 9))]
+            messages += [refused(engine, config, (0, 1), cut=(1, 1)), refused(engine, config, different)]
+        for number, draws in enumerate(second):
+            loss = FlowObjective().loss(engine.ds(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean()
+            engine.ds.backward(loss)
+            engine.ds.step()
+            if asks and number == 0:  # in the middle of an accumulation
+                messages.append(refused(engine, config, (0, 1)))
+        steps = [engine.adam_step]
+        engine, _ = resize(engine, config, (0, 1))
+        states.append(public_state(engine))
+        steps, depth = [*steps, engine.adam_step], engine.depth
+        destroy_engine(engine)
+    undisturbed, asked = states
+    same = undisturbed.keys() == asked.keys() and all(torch.equal(undisturbed[n], asked[n]) for n in asked)
+    return {"messages": messages, "steps": steps, "depth": depth, "same": same}
 
 
 def grown() -> list[list[int]]:
