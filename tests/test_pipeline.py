@@ -14,41 +14,73 @@ from entprune_ds.engine.checkpoint import manifest_sha256
 from entprune_ds.engine.transfer import transfers
 from entprune_ds.models.dit import DiT, initialize
 from tests.ranks import run_ranks
+from tests.test_resize import agree_with_reference
 from tests.test_training import cut_after, equal_state, losses, words
 from tests.tiny import tiny_draws
-from tests.workers.pipeline import load_state, pipe_config
+from tests.workers.pipeline import GRAD_CLIP, load_state, pipe_config
+from tests.workers.resize import reference as plain_reference
 
 FULL = pytest.mark.full
-MUTATIONS = ["swapped_moments", "forgotten_step", "shifted_block"]
-ONE = ([[2, 2], [1, 2]], [[0, 2, 3]])  # a block of the first stage goes, none moves
-TWICE = ([[1, 3], [2, 1], [0, 2]], [[1, 2, 3], [1, 2]])  # first and last block; a block moves back and forth
-LAST = ([[3, 1], [1, 1]], [[0, 3]])  # two at once, all of one stage
+MUTATIONS = ["swapped_moments", "forgotten_step", "shifted_block", "stale_ema"]
+SCENARIOS = {  # cuts, removals
+    "interior": ([[2, 2], [1, 2]], [[0, 2, 3]]),  # a block of the first stage goes, none moves
+    "first": ([[2, 2], [1, 2]], [[1, 2, 3]]),
+    "last": ([[2, 2], [2, 1]], [[0, 1, 2]]),
+    "several": ([[3, 1], [1, 1]], [[0, 3]]),  # two at once, all of one stage
+    "twice": ([[1, 3], [2, 1], [0, 2]], [[1, 2, 3], [1, 2]]),  # first and last block; a block moves back and forth
+}
 MATRIX = [
-    pytest.param(1, 2, "fp32", *TWICE),
-    *(pytest.param(zero, 2, dtype, *LAST, marks=FULL) for zero, dtype in ((0, "fp32"), (1, "fp32"), (1, "bf16"))),
-    *(pytest.param(zero, 4, dtype, *ONE, marks=FULL) for zero, dtype in ((0, "fp32"), (1, "fp32"), (1, "bf16"))),
-    pytest.param(0, 4, "fp32", *TWICE, marks=FULL),
+    pytest.param(1, 2, "fp32", "twice"),
+    *(pytest.param(zero, 2, dtype, "several", marks=FULL) for zero, dtype in ((0, "fp32"), (1, "fp32"), (1, "bf16"))),
+    *(pytest.param(zero, 4, dtype, "interior", marks=FULL) for zero, dtype in ((0, "fp32"), (1, "fp32"), (1, "bf16"))),
+    pytest.param(0, 4, "fp32", "twice", marks=FULL),
+    *(pytest.param(0, world, "bf16", name, marks=FULL) for world in (2, 4) for name in ("first", "last")),
 ]
 
 
-@pytest.mark.parametrize(("zero_stage", "world_size", "dtype", "cuts", "removals"), MATRIX)
-def test_a_resized_pipeline_continues_like_a_fresh_one(tmp_path, zero_stage, world_size, dtype, cuts, removals):
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Losses and final weights of one unsharded process without DeepSpeed, clipped like the pipelines."""
+    folder, removals = tmp_path_factory.mktemp("reference"), {name: kept for name, (_, kept) in SCENARIOS.items()}
+    return plain_reference(str(folder), removals, GRAD_CLIP), folder
+
+
+@pytest.mark.parametrize(("zero_stage", "world_size", "dtype", "scenario"), MATRIX)
+def test_a_resized_pipeline_continues_like_a_fresh_one(tmp_path, reference, zero_stage, world_size, dtype, scenario):
+    cuts, removals = SCENARIOS[scenario]
     common = {"folder": str(tmp_path), "zero_stage": zero_stage, "dtype": dtype}
     live = run_ranks("tests.workers.pipeline:live", world_size, cuts=cuts, removals=removals, **common)
-    arguments = {"kept_blocks": removals[-1], "cut": cuts[-1], "steps": live[0]["steps"]}
+    arguments = {"kept_blocks": removals[-1], "cut": cuts[-1], "steps": len(live[0]["before"])}
     fresh = run_ranks("tests.workers.pipeline:fresh", world_size, mutations=["none", *MUTATIONS], **common, **arguments)
     expected, state = load_state(tmp_path, "live"), load_state(tmp_path, "fresh_none")
     for rank in range(world_size):
-        assert fresh[rank]["none"] == live[rank]["losses"]
-        assert live[rank]["ema_kept"]
+        assert fresh[rank]["none"] == live[rank]["after"]
+        assert live[rank]["ema_kept"] and live[rank]["settings_kept"]
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     for mutation in MUTATIONS:
         wrong = load_state(tmp_path, f"fresh_{mutation}")
-        assert fresh[0][mutation] != live[0]["losses"], mutation
+        assert (fresh[0][mutation] != live[0]["after"]) == (mutation != "stale_ema"), mutation
         assert any(not torch.equal(wrong[name], expected[name]) for name in expected), mutation
-    total = sum(t.numel() for name, t in expected.items() if name.startswith("weight/"))
-    assert max(r["held"] for r in live) < 0.85 * total  # no rank holds the whole model
+    sizes = {name: t.numel() for name, t in expected.items() if name.startswith("weight/")}
+    assert max(r["held"] for r in live) < 0.85 * sum(sizes.values())  # no rank holds the whole model
+    block = sum(n for name, n in sizes.items() if name.startswith(f"weight/blocks.{removals[-1][0]}."))
+    replicas = world_size // 2
+    for [sent, minimum], moved in zip(live[0]["traffic"], blocks_moved(cuts, removals), strict=True):
+        assert sent == minimum
+        if (zero_stage, dtype) == (0, "fp32") or replicas == 1:  # else partitions shift within a stage
+            assert sent == 16 * block * moved * replicas  # weight, two moments and EMA in fp32
+    if dtype == "fp32":
+        agree_with_reference(reference, scenario, live, expected)
+
+
+def blocks_moved(cuts: list[list[int]], removals: list[list[int]]) -> list[int]:
+    """How many of the blocks that stay change their stage, for every resize."""
+    stages = [
+        dict(zip(kept, [stage for stage, count in enumerate(cut) for _ in range(count)], strict=True))
+        for kept, cut in zip([range(4), *removals], cuts, strict=True)
+    ]
+    return [sum(old[b] != stage for b, stage in new.items()) for old, new in pairwise(stages)]
 
 
 def ranges(blocks: tuple[int, ...], cut: tuple[int, ...]) -> list[list[tuple[str, int, int]]]:

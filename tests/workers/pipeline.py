@@ -19,13 +19,23 @@ from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import gather_full
 from entprune_ds.run_state import saved_cut
 from tests.tiny import tiny_config, tiny_draws
-from tests.workers.resize import STEPS_AFTER, fill, gathered_ema, public_state
+from tests.workers.resize import (
+    STEPS_AFTER,
+    STEPS_BEFORE,
+    change_settings,
+    fill,
+    gathered_ema,
+    public_state,
+    settings,
+)
+
+GRAD_CLIP = 0.05
 
 
 def pipe_config(zero_stage: int, dtype: str, stages: int, **model: object) -> Config:
     """The tiny config as a pipeline: micro-batches of 2 of a global batch of 8, clipping active in every step."""
     config = tiny_config(zero_stage, dtype, **model)
-    train = replace(config.train, grad_clip=0.05, micro_batch_size=2)
+    train = replace(config.train, grad_clip=GRAD_CLIP, micro_batch_size=2)
     return replace(config, train=train, parallel=replace(config.parallel, pipe_stages=stages))
 
 
@@ -61,18 +71,21 @@ def live(folder: str, zero_stage: int, dtype: str, cuts: list[list[int]], remova
     config = pipe_config(zero_stage, dtype, len(cuts[0]))
     engine = build_engine(config, config.model, tuple(cuts[0]))
     initialize_fresh(engine, config.run.seed)
-    first, ema_kept = 0, True
+    before, traffic, ema_kept, settings_kept = [], [], True, True
     for kept, cut in zip(removals, cuts[1:], strict=True):
-        train_steps(engine, config, first, 4)
-        first += 4
-        ema = gathered_ema(engine)
+        before += train_steps(engine, config, len(before), STEPS_BEFORE)
+        change_settings(engine.optimizer)
+        ema, set_before = gathered_ema(engine), settings(engine)
         save_state(engine, folder, "before")
-        engine, _ = resize(engine, config, tuple(kept), tuple(cut))
+        engine, report = resize(engine, config, tuple(kept), tuple(cut))
+        traffic.append([report.bytes_state, report.bytes_minimum])
         after = gathered_ema(engine)
         ema_kept &= all(torch.equal(ema[n], after[n]) for n in after) and engine.ema_count == 0
-    losses = train_steps(engine, config, first, STEPS_AFTER)
+        settings_kept &= settings(engine) == set_before
+    losses = train_steps(engine, config, len(before), STEPS_AFTER)
     save_state(engine, folder, "live")
-    return {"losses": losses, "steps": first, "ema_kept": ema_kept, "held": sum(p.numel for p in engine.pieces)}
+    found = {"before": before, "after": losses, "traffic": traffic, "held": sum(p.numel for p in engine.pieces)}
+    return found | {"ema_kept": ema_kept, "settings_kept": settings_kept}
 
 
 def fresh(folder: str, zero_stage: int, dtype: str, cut: list[int], kept_blocks: list[int], steps: int,
@@ -81,6 +94,7 @@ def fresh(folder: str, zero_stage: int, dtype: str, cut: list[int], kept_blocks:
     config, losses = pipe_config(zero_stage, dtype, len(cut)), {}
     for mutation in mutations:
         engine = build_engine(config, replace(config.model, kept_blocks=tuple(kept_blocks)), tuple(cut))
+        change_settings(engine.optimizer)
         fill(engine, load_state(folder, "before"), steps, mutation)
         losses[mutation] = train_steps(engine, config, steps, STEPS_AFTER)
         save_state(engine, folder, f"fresh_{mutation}")

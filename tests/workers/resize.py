@@ -61,8 +61,9 @@ def public_state(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def stage0_weights(engine: Engine) -> list:
-    """What the optimizer of stage 0 steps, in the order of the parameters; None for each at other stages."""
-    if int(engine.ds.zero_optimization_stage()) > 0:
+    """What the optimizer of stage 0 steps, in the order of the parameters; None for each where it steps flat parts."""
+    flat = type(engine.ds.optimizer).__name__ == "BF16_Optimizer"  # of pipelines, at stage 0 too
+    if flat or int(engine.ds.zero_optimization_stage()) > 0:
         return [None for _ in engine.ds.module.parameters()]
     return [p for group in engine.optimizer.param_groups for p in group["params"]]
 
