@@ -139,9 +139,13 @@ def test_a_pipeline_trains_like_the_unsharded_model_and_rebuilds_leave_nothing(t
             wanted, found[name] = (torch.cat([t[:rows], t[2 * rows :]]) for t in (wanted, found[name]))
         assert (found[name] - wanted).norm() <= 1e-4 * wanted.norm(), name
     for rank in ranks:
-        assert rank["left"][:4] == [rank["groups"], 0, 0, 0]
-        assert rank["counts"][0][1:4] == [1, 1, 1]
-        assert all(counts == rank["counts"][0] for counts in rank["counts"])
+        left, counts = rank["left"], rank["counts"]
+        assert [left[kind] for kind in ("groups", "engines", "models", "grids")] == [rank["groups"], 0, 0, 0]
+        memory = [cycle.pop("rss") for cycle in counts]
+        assert counts == counts[:2] * 5  # two cuts take turns
+        assert all([cycle[kind] for kind in ("engines", "models", "grids")] == [1, 1, 1] for cycle in counts)
+        assert memory[9] <= memory[2] * 1.01**7, memory
+        assert all(sent == minimum > 0 for sent, minimum in rank["traffic"])
 
 
 def test_a_pipeline_prunes_and_resumes_exactly(digits, tmp_path):

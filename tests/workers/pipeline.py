@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -112,29 +114,43 @@ def trained(folder: str, zero_stage: int, stages: int, steps: int) -> dict:
     weights = {n: gather_full(engine, [n], "weight")[n].cpu() for n in engine.shapes}
     if dist.get_rank() == 0:
         save_file(weights, Path(folder, "weights.safetensors"))
-    counts, first_cut = [], engine.cut
+    counts, traffic, first_cut = [], [], engine.cut
     for cycle in range(10):
         cut = [(1, 3), (2, 2)][cycle % 2] if first_cut == (2, 2) else [(2, 2), first_cut][cycle % 2]
-        engine, _ = resize(engine, config, engine.kept_blocks, cut)
+        engine, report = resize(engine, config, engine.kept_blocks, cut)
+        traffic.append([report.bytes_state, report.bytes_minimum])
         train_steps(engine, config, steps + cycle, 1)
         counts.append(_alive())
     destroy_engine(engine)
     del engine
-    return {"losses": losses, "counts": counts, "groups": groups, "left": _alive()}
+    return {"losses": losses, "counts": counts, "traffic": traffic, "groups": groups, "left": _alive()}
 
 
-def _alive() -> list[int]:
-    """Process groups, engines, pipeline modules and threads of this process, and hooks of the live modules."""
+def _alive() -> dict[str, int]:
+    """Counts of everything that a rebuild could leave behind in this process, and its resident memory."""
     gc.collect()
-    names = [type(o).__name__ for o in gc.get_objects()]
-    modules = [o for o in gc.get_objects() if isinstance(o, torch.nn.Module)]
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
-    kinds = [names.count(kind) for kind in ("PipelineEngine", "StagedDiT", "PipelineParallelGrid")]
-    return [len(dist.distributed_c10d._world.pg_map), *kinds, threading.active_count(), hooks]
+    objects = gc.get_objects()
+    names = [type(o).__name__ for o in objects]
+    modules = [o for o in objects if isinstance(o, torch.nn.Module)]
+    parameters = [o for o in objects if isinstance(o, torch.nn.Parameter)]
+    of_modules = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    of_parameters = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return {
+        "groups": len(dist.distributed_c10d._world.pg_map),
+        "engines": names.count("PipelineEngine"),
+        "models": names.count("StagedDiT"),
+        "grids": names.count("PipelineParallelGrid"),
+        "parameters": len(parameters),
+        "module_hooks": sum(len(getattr(m, kind)) for m in modules for kind in of_modules),
+        "parameter_hooks": sum(len(getattr(p, kind) or ()) for p in parameters for kind in of_parameters),
+        "threads": threading.active_count(),
+        "files": len(os.listdir("/proc/self/fd")),
+        "rss": psutil.Process().memory_info().rss,
+    }
 
 
 def carry(source: str, out: str, zero_stage: int, stages: int) -> list[int] | None:
-    """Load the checkpoint of a training on this topology and save it again; returns the cut."""
+    """Resume the checkpoint of a training on this topology and save it again; returns the cut."""
     found = read_checkpoint(Path(source))
     record = found.manifest["record"]
     config = config_from_dict(record["config"])
