@@ -19,7 +19,9 @@ from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initi
 from entprune_ds.engine.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.view import gather_full
-from entprune_ds.run_state import saved_cut
+from entprune_ds.monitor.interface import NullMonitor
+from entprune_ds.pruning.decision import PruneDecision
+from entprune_ds.run_state import Run, open_stream, saved_cut, stream_state
 from tests.tiny import tiny_config, tiny_draws
 from tests.workers.resize import (
     STEPS_AFTER,
@@ -159,7 +161,12 @@ def carry(source: str, out: str, zero_stage: int, stages: int) -> list[int] | No
     model = replace(config.model, kept_blocks=found.kept_blocks)
     engine = build_engine(config, model, *saved_cut(config, found))
     load_checkpoint(engine, found)
-    save_checkpoint(engine, Path(out), found.step, record)
+    decisions = [PruneDecision.from_json(d) for d in record["decisions"]]
+    run = Run(config, engine, open_stream(config, engine), NullMonitor(), found.step, decisions)
+    run.stream.load_state(record["stream"])
+    record |= {"stream": stream_state(run), "decisions": [d.to_json() for d in run.decisions]}
+    save_checkpoint(engine, Path(out), run.step, record)
+    run.stream.close()
     return None if engine.cut is None else list(engine.cut)
 
 
