@@ -16,13 +16,16 @@ def train(runs: list[list[str]]) -> list[int]:
 
 
 def scores(export: str, shards: str, zero_stage: int, out: str, stages: int = 1) -> dict:
-    """Block scores of an exported model under ZeRO or on a pipeline, in float64; also the number of gathers."""
+    """Block scores of an exported model under ZeRO or on a pipeline, in float64; also the number of gathers.
+
+    At the end what a check says when every rank wants another cut.
+    """
     from dataclasses import replace
 
     import torch
 
     from entprune_ds.config import PruneConfig
-    from entprune_ds.coordinator import measure_candidate, proxy_draws, sweep_scores
+    from entprune_ds.coordinator import measure_candidate, proxy_draws, run_check, sweep_scores
     from entprune_ds.diffusion.objective import build_objective
     from entprune_ds.engine.build import build_engine
     from entprune_ds.engine.view import ShardedView
@@ -47,6 +50,12 @@ def scores(export: str, shards: str, zero_stage: int, out: str, stages: int = 1)
     draws = proxy_draws(objective, prune, 3, 0, examples_of(config, 0))
     candidate = measure_candidate(view, model.blocks[1:], draws, objective, prune, 3, 0)
     result = {"scores": found, "gathers": gathers, "ntk": candidate.ntk, "zico": candidate.zico_mean}
+    examples, rank = examples_of(config, 0), comm.rank()
+    try:
+        run_check(view, model.blocks, config, 0, 0, 4, examples, lambda d: (rank, len(d.kept_blocks) - rank))
+        result["disagreement"] = ""
+    except comm.DistributedError as error:
+        result["disagreement"] = str(error)
     Path(f"{out}/scores_{comm.rank()}.json").write_text(json.dumps(result))
     return result
 
