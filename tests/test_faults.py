@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,9 +21,11 @@ import pytest
 
 from entprune_ds import fault_points
 from entprune_ds.atomic import file_sha256
+from entprune_ds.cli import evaluate, export, report, sample
 from entprune_ds.config import load_config
 from entprune_ds.data.stream import Stream
 from entprune_ds.engine.checkpoint import manifest_sha256
+from entprune_ds.engine.state import TESTED_DEEPSPEED
 from tests.ranks import free_port, run_ranks
 from tests.test_training import equal_state, losses, words
 
@@ -30,10 +34,12 @@ TRAIN = "tests.workers.training:train"
 LAUNCHER = str(Path(sys.executable).parent / "deepspeed")
 
 
-def launch(arguments: list[str], log: Path, num_ranks: int = 2) -> subprocess.Popen:
+def launch(
+    arguments: list[str], log: Path, num_ranks: int = 2, module: str = "entprune_ds.cli.train"
+) -> subprocess.Popen:
     """Start a training under the deepspeed launcher, as a user would."""
     command = [LAUNCHER, "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
-    command += ["--module", "entprune_ds.cli.train", *arguments]
+    command += ["--module", module, *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and pass that on
     with open(log, "ab") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
@@ -71,11 +77,22 @@ def shared_buffers(process: subprocess.Popen) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(digits, tmp_path_factory) -> Path:
+def undisturbed_with(digits, tmp_path_factory) -> Callable[..., Path]:
+    """The run with further settings that nothing happens to."""
+
+    @functools.cache
+    def run(*more: str) -> Path:
+        root = tmp_path_factory.mktemp("undisturbed")
+        run_ranks(TRAIN, 2, runs=[words(digits, root, "whole", *LONG, *more)])
+        return root / "whole"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_with) -> Path:
     """The run that nothing happens to."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    run_ranks("tests.workers.training:train", 2, runs=[words(digits, root, "whole", *LONG)])
-    return root / "whole"
+    return undisturbed_with()
 
 
 LONG = ["train.num_steps=60", "prune.end_step=40", "train.checkpoint_every=10", "train.validate_every=0"]
@@ -251,6 +268,23 @@ def test_a_checkpoint_of_a_newer_version_is_refused_by_all_ranks_and_stays(digit
     assert manifest.read_text() == newer and "is damaged" not in text
 
 
+@pytest.mark.parametrize(
+    ("more", "lacks"),
+    [
+        ("", "DeepSpeedZeroOptimizer has no gone_in_a_later_version."),
+        pytest.param("parallel.pipe_stages=2", "has no PipelineEngine.gone_in_a_later_version.", marks=FULL),
+    ],
+)
+def test_a_deepspeed_without_what_we_rely_on_is_one_error_on_all_ranks(digits, tmp_path, more, lacks):
+    arguments, log = words(digits, tmp_path, "other", *more.split()), tmp_path / "log"
+    process = launch(arguments, log, module="tests.workers.other_deepspeed")
+    assert finish(process, seconds=100) == 2
+    text = log.read_text()
+    assert text.count(f"{lacks} Install deepspeed=={TESTED_DEEPSPEED}") == 1
+    assert text.count("gone_in_a_later_version") == 1 and "Traceback" not in text
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
 @FULL
 def test_a_rank_that_stands_still_ends_the_job_at_the_time_out(digits, tmp_path):
     log = tmp_path / "log"
@@ -271,18 +305,29 @@ def wait_for_text(log: Path, pattern: str, count: int, process: subprocess.Popen
         time.sleep(0.05)
 
 
+def as_started(whole: Path, run: Path) -> None:
+    """A run folder as it was at step 0 of another run: the pipeline's layers have been timed, and will not be again."""
+    shutil.copytree(whole / "checkpoints" / "step_00000000", run / "checkpoints" / "step_00000000")
+    (run / "checkpoints" / "latest").write_text("step_00000000")
+    (run / "config.yaml").write_text((whole / "config.yaml").read_text().replace("name: whole", f"name: {run.name}"))
+
+
 @pytest.mark.parametrize(
-    ("point", "victim"),
+    ("point", "victim", "more"),
     [
-        ("resize", 1),
-        *(pytest.param(p, v, marks=FULL) for p in fault_points.POINTS for v in (0, 1) if (p, v) != ("resize", 1)),
+        ("resize", 1, ""),
+        *(pytest.param(p, v, "", marks=FULL) for p in fault_points.POINTS for v in (0, 1) if (p, v) != ("resize", 1)),
+        *(pytest.param("resize", v, "parallel.ds_config=zero3_fp32", marks=FULL) for v in (0, 1)),
+        *(pytest.param("resize", v, "parallel.pipe_stages=2", marks=FULL) for v in (0, 1)),
     ],
 )
 def test_a_rank_killed_in_the_middle_of_something_costs_nothing_but_time(
-    digits, tmp_path, undisturbed, monkeypatch, point, victim
+    digits, tmp_path, undisturbed_with, monkeypatch, point, victim, more
 ):
-    run, log = tmp_path / "killed", tmp_path / "log"
-    arguments = words(digits, tmp_path, "killed", *LONG)
+    run, log, undisturbed = tmp_path / "killed", tmp_path / "log", undisturbed_with(*more.split())
+    arguments = words(digits, tmp_path, "killed", *LONG, *more.split())
+    if "pipe_stages" in more:
+        as_started(undisturbed, run)
     monkeypatch.setenv(fault_points.VARIABLE, f"{point}:4:2")  # the second time: there is something to lose
     process = launch(arguments, log)
     wait_for_text(log, f"waiting at {point} ", 1 if point == "latest" else 2, process)
@@ -325,6 +370,15 @@ def test_a_planted_pickle_in_a_run_folder_is_never_executed(digits, tmp_path):
     train_to(9)
     (run / "checkpoints" / "step_00000009" / "rank_00000.safetensors").write_bytes(bomb)  # damaged: passed over
     train_to(10)
+    out, few = str(tmp_path / "out"), ["sample.num_steps=1", "monitor.wandb=false"]
+    figures = ["sample.num_samples=80", "evaluate.latency_repeats=1", "evaluate.latency_batches=[1]"]
+    assert export.main([f"run={run}", f"out={out}"]) == 0
+    assert sample.main([f"run={run}", f"out={out}.npz", "sample.num_samples=4", *few]) == 0
+    assert evaluate.main([f"run={run}", f"out={out}.json", *figures, *few]) == 0
+    assert report.main([str(run)]) == 0
+    for form in ("", "format=official", "format=diffusers"):
+        assert export.main([f"src={run / 'model' / 'model.pt'}", f"out={out}_of_a_bomb", *form.split()]) == 2
+    assert not mark.exists()
     pickle.loads(bomb)
     assert mark.exists()  # the bomb is live
     mark.unlink()

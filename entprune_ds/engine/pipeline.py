@@ -46,13 +46,13 @@ def check_deepspeed_pipeline() -> None:
     """Refuse a DeepSpeed whose pipeline differs from the one this file was written for.
 
     Raises:
-        RuntimeError: naming the missing attributes and the tested version.
+        DistributedError: naming the missing attributes and the tested version; on all ranks, which run the same one.
     """
     missing = [f"{owner.__name__}.{n}" for owner, names in NEEDED.items() for n in names if n not in vars(owner)]
     if missing:
         import deepspeed
 
-        raise RuntimeError(
+        raise comm.DistributedError(
             f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}. Install deepspeed=={TESTED_DEEPSPEED}, "
             "the version that pipelines are tested with."
         )

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entprune_ds import comm
+
 KEYS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 TESTED_DEEPSPEED = "0.19.8"
 NEEDED = {  # private attributes per DeepSpeed optimizer that the functions below rely on
@@ -56,7 +58,7 @@ def check_deepspeed(zero_optimizer: Any) -> None:
     """Refuse a DeepSpeed whose private layout differs from the one this file was written for.
 
     Raises:
-        RuntimeError: naming the missing attributes and the tested version.
+        DistributedError: naming the missing attributes and the tested version; on all ranks, which run the same one.
     """
     kind = type(zero_optimizer).__name__
     missing = [name for name in NEEDED.get(kind, ()) if not _has(zero_optimizer, name)]
@@ -64,7 +66,7 @@ def check_deepspeed(zero_optimizer: Any) -> None:
         import deepspeed
 
         found = f"has no {', '.join(missing)}" if missing else "is not a known ZeRO optimizer"
-        raise RuntimeError(
+        raise comm.DistributedError(
             f"DeepSpeed {deepspeed.__version__}: {kind} {found}. Install deepspeed=={TESTED_DEEPSPEED}, "
             "the version that live resizing is tested with."
         )
