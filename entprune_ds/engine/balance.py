@@ -127,8 +127,9 @@ def check_cut(cut: Cut | None, num_stages: int, depth: int) -> None:
 def _layer_bytes(config: Config, model_config: ModelConfig, dp_size: int) -> list[int]:
     """Weights, gradients, moments and EMA of stem, blocks and head on one rank."""
     ds = read_ds_config(config)
-    sharded = dp_size if ds["zero_optimization"]["stage"] else 1
-    per_element = 2 * training_dtype(ds).itemsize + 16 / sharded
+    item = training_dtype(ds).itemsize
+    sharded = dp_size if ds["zero_optimization"]["stage"] or item == 2 else 1  # bf16 pipelines shard at stage 0 too
+    per_element = 2 * item + 16 / sharded
     return [int(count * per_element) for count in layer_parameters(model_config)]
 
 

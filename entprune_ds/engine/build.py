@@ -216,6 +216,7 @@ def destroy_engine(engine: Engine) -> None:
     parts = [*module.parameters(), *module.modules()]
     if offload := vars(ds.optimizer).get("parameter_offload"):  # ZeRO-3; its coordinator remembers who came when
         parts += [offload, offload.get_param_coordinator()]
+        _forget_stage3(module)
     for part in [*parts, ds.optimizer]:  # hooks, and at ZeRO-3 cycles that no collection sees through
         if isinstance(part, torch.nn.Parameter):
             part.grad = None
@@ -224,6 +225,19 @@ def destroy_engine(engine: Engine) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _forget_stage3(root: torch.nn.Module) -> None:
+    """Take a model out of what DeepSpeed keeps for the whole process: a list of roots, a cache by submodule."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    roots = parameter_offload.FWD_MODULE_STACK
+    roots[:] = [module for module in roots if module is not root]
+    cached = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in cached.__closure__ or ():  # the cache lies under the decorator that times it
+        if isinstance(cell.cell_contents, functools._lru_cache_wrapper):
+            cell.cell_contents.cache_clear()
 
 
 def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tensor, float]:

@@ -33,7 +33,8 @@ class ResizeReport:
     """State that ranks hold now and did not hold before: no method can send less."""
     bytes_framework: int
     """Forward weights that DeepSpeed replicates, computed: a broadcast from the first rank of every data-parallel group
-    when an engine is built, and at ZeRO-1/2 the gathering of the written weights, each received by every other rank."""
+    when an engine is built; the gathering of the written weights, or at ZeRO-3 that of every parameter when hooks are
+    hung on it, and again of the small ones that stay whole. Each is received by every other rank."""
 
     def metrics(self) -> dict[str, float]:
         """prune/resize_* values for the monitor."""
@@ -147,4 +148,6 @@ def framework_bytes(engine: Engine) -> int:
     """Bytes received when the engine was built and its weights were written, see ResizeReport."""
     weights = sum(math.prod(s) for s in engine.shapes.values()) * engine.dtype.itemsize
     stage, others = int(engine.ds.zero_optimization_stage()), engine.dp_size - 1
-    return weights * others * (2 if stage in (1, 2) else 1)
+    shards = stage or type(engine.ds.optimizer).__name__ == "BF16_Optimizer"  # of bf16 pipelines, at stage 0 too
+    persistent = sum(p.ds_numel for p in engine.ds.optimizer.persistent_parameters) if stage == 3 else 0
+    return others * (weights * (2 if shards else 1) + persistent * engine.dtype.itemsize)

@@ -26,7 +26,7 @@ NEEDED = {  # private attributes per DeepSpeed optimizer that the functions belo
     "BF16_Optimizer": ("fp32_groups_flat_partition", "_lazy_init_hp_params_optimizer_state", "update_lp_params"),
     "DeepSpeedZeroOptimizer_Stage3": (
         "fp32_partitioned_groups_flat", "grad_position", "get_param_id", "_partition_all_parameters",
-        "_reassign_or_swap_out_partitioned_parameters", "_post_step",
+        "_reassign_or_swap_out_partitioned_parameters", "_post_step", "persistent_parameters",
     ),
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Moving named state between partitions: park it, send what another rank will hold, write it into a new engine.
 
-No rank ever holds more than its old partition, its new partition and one parameter in flight: the old state is
+No rank ever holds more than its old partition, its new partition and two parameters in flight: the old state is
 freed while it is parked, and what arrives is written at once.
 """
 
@@ -41,8 +41,8 @@ def park(
 ) -> list[ParkedPiece]:
     """Take this rank's state of the named parameters out of an engine, which loses it. Local.
 
-    One key after the other is copied and its old buffers are freed, so that the peak is a quarter above the old
-    partition at most.
+    One key after the other is copied and its old buffers are let go. The peak is a quarter above the old partition; at
+    ZeRO-1/2 it is old partition and copies together: DeepSpeed holds views of the moments while the engine lives.
 
     Args:
         names: parameters that survive.
