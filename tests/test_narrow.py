@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,10 +159,15 @@ def test_pipelines_are_cut_by_the_cost_of_every_width():
     assert not costs.know(replace(config, model=replace(config.model, compile=True)), NARROW, 1)
     assert costs_from_json(json.loads(json.dumps(costs_as_json(costs)))) == costs
     assert costs_from_json([1, 2, 3, 4, 5]) is costs_from_json(None) is None
-    wide = replace(config.model, hidden_size=128, input_size=16)
-    measured = measure_costs(config, replace(wide, block_widths=((0, 1, 8), (2, 1, 8), (3, 4, 8))), 1)
-    (narrowest, cost), (_, middle) = (((h, c), ns) for h, c, ns in measured.narrow)
-    assert narrowest == (1, 8) and cost < middle < measured.block
+    wide = replace(config.model, hidden_size=128, input_size=16, block_widths=((0, 1, 8), (2, 1, 8), (3, 4, 8)))
+    best = {"full": math.inf}
+    for _ in range(5):  # other processes disturb some of them
+        measured = measure_costs(config, wide, 1)
+        best["full"] = min(best["full"], measured.block)
+        for heads, channels, cost in measured.narrow:
+            best[heads, channels] = min(best.get((heads, channels), cost), cost)
+    assert best.keys() == {"full", (1, 8), (4, 8)}
+    assert best[1, 8] < best[4, 8] < best["full"]
 
 
 ONE = {"heads": [1, 2, 3], "channels": [*range(0, 128, 3)]}
