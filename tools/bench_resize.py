@@ -5,7 +5,7 @@ step before a removal to the end of the first step after it, without scoring: `r
 `relaunch` saves a checkpoint, ends them, starts new ones and loads (warm caches, files not verified).
 Both contain one training step, which is most of a resize on a slow machine; *_overhead_seconds are without it.
 
-  python tools/bench_resize.py --json
+  python tools/bench_resize.py --json      bf16, as the XL presets train; --precision fp32 for the other
 """
 
 from __future__ import annotations

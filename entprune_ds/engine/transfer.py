@@ -1,7 +1,7 @@
 """Moving named state between partitions: park it, send what another rank will hold, write it into a new engine.
 
-No rank ever holds more than its old partition, its new partition and two parameters in flight: the old state is
-freed while it is parked, and what arrives is written at once.
+No rank ever holds more than its old partition, its new partition and one parameter in flight: what stays is copied
+key by key, and what arrives is written at once.
 """
 
 from __future__ import annotations
@@ -92,10 +92,12 @@ def fill(engine: Engine, parked: list[ParkedPiece], have: list[list[Range]], ste
             part = torch.stack([held[name].cut(start, stop)[key] for key in KEYS]).to(comm.device())
             dist.send(part, dst=target)
             sent += part.nbytes
+            del part  # before the next one is made
         elif target == me:
             part = torch.empty(len(KEYS), stop - start, device=comm.device())
             dist.recv(part, src=source)
             _write(engine, mine[name], start, dict(zip(KEYS, part, strict=True)))
+            del part
     push_weights(engine.ds)
     return sent
 

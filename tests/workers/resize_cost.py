@@ -7,6 +7,7 @@ import math
 import os
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -87,7 +88,7 @@ def hooks(root: torch.nn.Module) -> list:
     return sorted(map(list, counts))
 
 
-class Made(TorchDispatchMode):
+class Made(TorchDispatchMode, ABC):
     """Tells `note` of every tensor that an operation makes; one that shares memory with what it was given is none."""
 
     part = "resize"
@@ -102,8 +103,9 @@ class Made(TorchDispatchMode):
                 self.note(leaf, str(func))
         return out
 
+    @abstractmethod
     def note(self, tensor: torch.Tensor, where: str) -> None:
-        raise NotImplementedError
+        """Take a tensor into account, and the operation that made it."""
 
     def named(self, module: Any, name: str, part: str) -> AbstractContextManager:
         """While this lasts, what a function of a module does is a part of its own."""
