@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from entprune_ds.config_data import DataConfig
+from entprune_ds.config_methods import CompareConfig, DistillConfig, LearnedConfig, RaceConfig, SoftConfig
+from entprune_ds.config_prune import PruneConfig, ScoreConfig
 from entprune_ds.config_sampling import EvalConfig, SampleConfig
 
 NOT_ARCHITECTURE = ("weights", "compile", "activation_checkpointing")
@@ -148,48 +150,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    target_depth: int | None = None
-    """Blocks that remain at the end; null trains without pruning."""
-    criterion: str = "ced"
-    """Which blocks go first: ced, ced_abs, loss, random, every_other or explicit."""
-    explicit_order: tuple[int, ...] = ()
-    """criterion=explicit: original block indices in the order of removal."""
-    num_checks: int = 4
-    """Pruning checks; one stands at the start of each of this many equal parts of the pruning phase."""
-    start_step: int = 0
-    """First step of the pruning phase."""
-    end_step: int | None = None
-    """End of the pruning phase; null means train.num_steps."""
-    max_blocks_per_check: int | None = None
-    """Cap of every check; null means ceil(2 (depth - target_depth) / num_checks)."""
-    calibration_draws: int = 1024
-    """Paired draws (example, t, noise) of the block scores."""
-    calibration_batch: int = 128
-    """Draws scored together; also the size of a jackknife group of the standard errors."""
-    ntk_samples: int = 16
-    """Samples of the NTK condition number."""
-    ntk_repeats: int = 3
-    """Repeats of the NTK condition number; the median counts."""
-    zico_batches: int = 8
-    """Fixed batches of the ZiCo score."""
-    zico_batch_size: int = 16
-    """Examples per ZiCo batch."""
-    vote_weights: tuple[float, float] = (1.0, 1.0)
-    """Weights of the NTK rank and of the ZiCo rank in the vote."""
-    vote_tolerance: float = 0.01
-    """Relative difference below which two candidate depths tie."""
-    score_dtype: str = "float32"
-    """Precision of the scoring passes: float32 or float64."""
-    score_only: bool = False
-    """Run every check and record its decision, but remove nothing."""
-    regrow_micro_batch: bool = False
-    """Use the memory that removals free: larger micro-batches and fewer accumulation steps at the same global batch."""
-    rollback: str = ""
-    """Go back to the checkpoint before a removal, e.g. step_400, once; the other prune.* settings may then change."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ResizeConfig:
     park: str = "host"
     """Where the state waits while a resize rebuilds the engine: host (less GPU memory) or device (less time)."""
@@ -223,12 +183,24 @@ class Config:
     """DeepSpeed."""
     prune: PruneConfig = field(default_factory=PruneConfig)
     """What is removed, and when."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    """How blocks are scored."""
+    race: RaceConfig = field(default_factory=RaceConfig)
+    """Recovery race (prune.criterion=recovery_race)."""
+    learned: LearnedConfig = field(default_factory=LearnedConfig)
+    """Learned gates (prune.criterion=learned)."""
+    soft: SoftConfig = field(default_factory=SoftConfig)
+    """Gradient-flow soft pruning."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Recovery with the unpruned model as the teacher."""
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     """How a removal is carried out."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Sampling."""
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     """Figures."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    """Comparison of criteria."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     """Logging."""
 

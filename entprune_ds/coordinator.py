@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from entprune_ds import comm, fault_points
-from entprune_ds.config import Config, ModelConfig, PruneConfig
+from entprune_ds.config import Config, PruneConfig
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
-from entprune_ds.importance.criteria import CRITERIA, removal_order
+from entprune_ds.importance.criteria import find_criterion, removal_order
+from entprune_ds.importance.leave_one_out import measure_sweep
+from entprune_ds.importance.measuring import Batch, Measuring
 from entprune_ds.importance.ntk import ntk_score
 from entprune_ds.importance.parts import Parts
-from entprune_ds.importance.scores import Scores, score_blocks, scores_as_json
-from entprune_ds.importance.sweep import leave_one_out
-from entprune_ds.importance.sweep_statistics import SweepStatistics
+from entprune_ds.importance.scores import Scores, scores_as_json
 from entprune_ds.importance.zico import zico_score
-from entprune_ds.logs import get_logger
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.schedule import blocks_at_depth, blocks_per_check, candidate_depths
 from entprune_ds.pruning.vote import Candidate, vote
@@ -28,17 +27,12 @@ from entprune_ds.rng import generator_for
 Examples = Callable[[str, int], tuple[Tensor, Tensor]]
 """examples(purpose, count) -> the next latents (count,C,H,W) and labels (count,) of a purpose, equal on all ranks."""
 
-PROGRESS_SECONDS = 10.0
-"""A sweep that takes longer says how far it is."""
-WIDEST_ACTIVATION = {"cpu": 2**23, "cuda": 2**30}
-"""Bytes of the widest activation (MLP) in one block evaluation of the sweep: bounds its memory, fits CPU caches."""
-
 
 @dataclass(frozen=True)
 class CheckTimes:
     """Seconds that the parts of a check took on this rank."""
 
-    sweep: float
+    score: float
     vote: float
 
 
@@ -64,7 +58,7 @@ def run_check(
     """
     prune, seed = config.prune, config.run.seed
     start = time.perf_counter()
-    scores = sweep_scores(parts, kept_blocks, config, check, examples)
+    scores = measure(measuring(parts, kept_blocks, config, check, examples))
     comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
     target = config.prune.target_depth or 1
     order = removal_order(
@@ -89,39 +83,33 @@ def run_check(
     return decision, CheckTimes(swept - start, time.perf_counter() - swept)
 
 
-def sweep_scores(parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, examples: Examples) -> Scores:
-    """One-sweep leave-one-out scores over the calibration draws, split across ranks. Collective."""
-    prune, seed, chunk = config.prune, config.run.seed, stack_chunk(config.model, parts.dtype)
+def measure(m: Measuring) -> Scores:
+    """What the criterion needs, and the sweep for the record unless score.sweep=needed. Collective."""
+    criterion = find_criterion(m.config.prune.criterion)
+    scores: Scores = {}
+    if m.config.score.sweep == "always" or criterion.needs_sweep:
+        scores |= measure_sweep(m, entropy_needed=criterion.needs_entropy)
+    if criterion.measure is not None:
+        scores |= criterion.measure(m)
+    return scores
+
+
+def measuring(parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, examples: Examples) -> Measuring:
+    """A check as criteria see it: draws of this check's own random streams."""
     objective = build_objective(config.model, config.diffusion)
-    groups = prune.calibration_draws // prune.calibration_batch
-    statistics: SweepStatistics | None = None
-    start = shown = time.perf_counter()
-    for group in range(groups):
-        latents, labels = examples("calibration", prune.calibration_batch)
-        slots = range(group * prune.calibration_batch, (group + 1) * prune.calibration_batch)
-        mine = _my_part(objective.make_draws(latents, labels, slots, seed=seed, purpose="calibration", step=check))
-        outputs = leave_one_out(parts, kept_blocks, mine.z_t, mine.t, mine.labels, chunk=chunk)
-        if statistics is None:
-            statistics = SweepStatistics(kept_blocks, groups, tuple(outputs.shape[2:]), outputs.device)
-        statistics.update(group, outputs, mine.target, mine.t, objective.scoring_loss)
-        fault_points.reach("scoring")
-        if time.perf_counter() - shown >= PROGRESS_SECONDS:
-            shown = time.perf_counter()
-            left = (shown - start) / (group + 1) * (groups - group - 1)
-            get_logger().info("scored calibration batch %d of %d, %.0f s left", group + 1, groups, left)
-    assert statistics is not None  # groups >= 2 is checked with the config
-    groups_of_all_ranks = statistics.reduce()
-    try:
-        return score_blocks(groups_of_all_ranks, kept_blocks, entropy_needed=CRITERIA[prune.criterion].needs_entropy)
-    except ValueError as problem:  # the same on all ranks: the statistics are
-        raise comm.DistributedError(f"check {check}: {problem}") from problem
+    taken: dict[str, int] = {}
 
+    def draw(purpose: str, count: int) -> Batch:
+        first = taken.get(purpose, 0)
+        taken[purpose] = first + count
+        latents, labels = examples(purpose, count)
+        slots = range(first, first + count)
+        draws = objective.make_draws(latents, labels, slots, seed=config.run.seed, purpose=purpose, step=check)
+        return Batch(draws.z_t, draws.t, draws.labels, draws.target)
 
-def stack_chunk(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Examples (variants x draws) that one block evaluation takes at once within WIDEST_ACTIVATION."""
-    tokens = (model.input_size // model.patch_size) ** 2
-    widest = tokens * model.mlp_size * dtype.itemsize
-    return max(1, WIDEST_ACTIVATION[comm.device().type] // widest)
+    return Measuring(
+        parts=parts, kept_blocks=kept_blocks, config=config, check=check, draw=draw, loss_fn=objective.scoring_loss
+    )
 
 
 @dataclass(frozen=True)
@@ -141,13 +129,6 @@ def proxy_draws(objective: Objective, prune: PruneConfig, seed: int, check: int,
         Draws(*columns) for columns in zip(*(c.split([ntk, zico]) for c in vars(draws).values()), strict=True)
     )
     return ProxyDraws(first.split(prune.ntk_samples), rest.split(prune.zico_batch_size))
-
-
-def _my_part(draws: Draws) -> Draws:
-    parts = [
-        torch.tensor_split(column, comm.world_size()) for column in (draws.z_t, draws.t, draws.labels, draws.target)
-    ]
-    return Draws(*(p[comm.rank()] for p in parts))
 
 
 def measure_candidate(

@@ -18,7 +18,9 @@ from entprune_ds.rollback import rollback_pending, rollback_problem
 CHECKSUM_LIMIT = 2**30
 """Shards up to this many bytes are verified whole before the start; larger ones when first opened."""
 
-FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample")
+FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample", "compare")
+PRUNING_SECTIONS = ("prune", "score", "race", "learned", "soft")
+"""Settings that may change when a run goes back to the checkpoint before a removal."""
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
     "data.source", "data.src", "data.image_size", "data.num_classes", "data.val_fraction", "data.max_unreadable",
@@ -47,9 +49,9 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     if (problem := pipeline_problem(config, world_size)) is not None:
         found.append(problem)
     prune = config.prune
-    if prune.target_depth is not None and prune.calibration_batch < world_size:
-        message = f"`prune.calibration_batch` must be at least the number of ranks ({world_size}), "
-        found.append(message + f"got {prune.calibration_batch}.")
+    if prune.target_depth is not None and config.score.batch_size < world_size:
+        message = f"`score.batch_size` must be at least the number of ranks ({world_size}), "
+        found.append(message + f"got {config.score.batch_size}.")
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
     if config.data.shards or data_needed:
@@ -123,13 +125,13 @@ def _resume_problems(config: Config) -> list[str]:
         why = " ".join(str(error).split())
         return [f"{path} cannot be read ({why}). Move the run folder away or choose another `run.name`."]
     found, now, before = [], to_dict(config), to_dict(old)
-    free = (*FREE_SECTIONS, "prune") if rollback_pending(config) else FREE_SECTIONS
+    free = (*FREE_SECTIONS, *PRUNING_SECTIONS) if rollback_pending(config) else FREE_SECTIONS
     for section, values in now.items():
         for key, value in values.items():
             name, was = f"{section}.{key}", before[section][key]
             if value != was and section not in free and name not in FREE_KEYS:
                 message = f"`{name}` is {value}, but {config.run_dir} was started with {was}. "
-                back = " go back with `prune.rollback`," if section == "prune" else ""
+                back = " go back with `prune.rollback`," if section in PRUNING_SECTIONS else ""
                 found.append(message + f"Use that value,{back} or choose another `run.name`.")
     steps, old_steps = config.train.num_steps, old.train.num_steps
     if steps < old_steps:

@@ -130,14 +130,14 @@ def prune_check(run: Run) -> None:
     log.info(
         "check %d (%d in all, from 0) at step %d: scoring %d blocks", check, len(run.checks), run.step, engine.depth
     )
-    parts = ShardedView(engine, "weight", getattr(torch, config.prune.score_dtype))
+    parts = ShardedView(engine, "weight", getattr(torch, config.score.dtype))
     decision, times = run_check(
         parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
         recut=lambda d: next_cut(engine, config, narrowed(engine.model_config, d.kept_blocks, d.narrow)),
     )  # fmt: skip
     del parts
     record_decision(run, decision)
-    run.monitor.log(run.step, {"prune/score_seconds": times.sweep, "prune/vote_seconds": times.vote})
+    run.monitor.log(run.step, {"prune/score_seconds": times.score, "prune/vote_seconds": times.vote})
     narrower = f"; made narrower: {list(decision.narrow)}" if decision.narrow else ""
     log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
     if decision.score_only or not decision.removes:

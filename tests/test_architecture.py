@@ -17,8 +17,11 @@ FLOORS = (
         "config",
         "config_schema",
         "config_data",
+        "config_methods",
+        "config_prune",
         "config_sampling",
         "config_checks",
+        "config_checks_prune",
         "plain_yaml",
         "atomic",
         "locks",
@@ -212,7 +215,7 @@ def public(body: list[ast.stmt], prefix: str) -> list[tuple[str, ast.AST]]:
     return found
 
 
-SCHEMA = ("config_schema", "config_data", "config_sampling")
+SCHEMA = ("config_schema", "config_data", "config_methods", "config_prune", "config_sampling")
 
 
 def documents_its_fields(node: ast.AST) -> bool:

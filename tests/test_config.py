@@ -255,10 +255,10 @@ train.validation_draws=0                                   -> above 0
 parallel.zero_stage=4                                      -> 0, 1, 2, 3
 parallel.zero_stage=-1                                     -> 0, 1, 2, 3
 prune.criterion=best                                       -> ced, ced_abs
-prune.score_dtype=float16                                  -> float32 or float64
+score.dtype=float16                                  -> float32, float64
 prune.num_checks=0                                         -> at least 1
-prune.calibration_draws=1                                  -> at least 2
-prune.calibration_batch=0                                  -> at least 1
+score.draws=1                                  -> at least 2
+score.batch_size=0                                  -> at least 1
 prune.ntk_samples=1                                        -> at least 2
 prune.ntk_repeats=0                                        -> at least 1
 prune.zico_batches=1                                       -> at least 2
@@ -267,8 +267,8 @@ prune.max_blocks_per_check=0                               -> at least 1
 prune.vote_weights=[0,0]                                   -> not both 0
 prune.vote_weights=[2,-1]                                  -> at least 0
 prune.vote_tolerance=-0.1                                  -> at least 0
-prune.calibration_batch=100 prune.target_depth=4           -> must divide `prune.calibration_draws`
-prune.calibration_batch=1024 prune.target_depth=4          -> at least 2 groups
+score.batch_size=100 prune.target_depth=4           -> must divide `score.draws`
+score.batch_size=1024 prune.target_depth=4          -> at least 2 groups
 prune.end_step=1001 prune.target_depth=4                   -> `prune.end_step` <= `train.num_steps`
 prune.start_step=1000 prune.target_depth=4                 -> `prune.start_step` < `prune.end_step`
 prune.start_step=-1 prune.target_depth=4                   -> `prune.start_step` < `prune.end_step`
@@ -309,7 +309,7 @@ def test_the_borders_of_what_is_possible_are_accepted():
         train.betas=[0,0] train.grad_clip=0 train.validate_every=0 train.ema_decay=0 train.label_dropout=0
         train.min_learning_rate=0.0001 prune.vote_weights=[0,1] prune.vote_tolerance=0 prune.start_step=0
         prune.target_depth=4 prune.max_blocks_per_check=6 prune.num_checks=4 prune.end_step=4 sample.grid=1
-        prune.calibration_draws=256 prune.ntk_samples=2 prune.zico_batches=2 monitor.sample_every=0
+        score.draws=256 prune.ntk_samples=2 prune.zico_batches=2 monitor.sample_every=0
         parallel.zero_stage=0
     """
     assert problems(*line.split()) == []

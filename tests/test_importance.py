@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from entprune_ds import config_checks
+from entprune_ds import config_checks_prune
 from entprune_ds.importance import entropy, ntk, zico
 from entprune_ds.importance.criteria import CRITERIA, CRITERIA_NEED_SWEEP, removal_order
 from entprune_ds.importance.moments import Moments, merge, moments_of, zero_moments
@@ -271,7 +271,7 @@ def test_explicit_order_skips_what_is_gone_and_ends_with_what_is_not_listed():
 
 
 def test_table_of_criteria_is_that_of_the_config():
-    assert tuple(CRITERIA) == config_checks.CRITERIA
+    assert tuple(CRITERIA) == config_checks_prune.CRITERIA
     assert {"ced", "ced_abs", "loss"} == CRITERIA_NEED_SWEEP
     with pytest.raises(ValueError, match=r"criterion `speed` is not known"):
         removal_order("speed", {}, [0], target_depth=1)

@@ -196,12 +196,12 @@ def test_the_micro_batch_must_divide_the_share_of_a_rank(job, monkeypatch):
 
 def test_every_rank_needs_a_draw(job, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    few = ["prune.target_depth=4", "prune.calibration_batch=3", "prune.calibration_draws=6", "train.validation_draws=3"]
+    few = ["prune.target_depth=4", "score.batch_size=3", "score.draws=6", "train.validation_draws=3"]
     found = job.problems(*few)
-    assert [t.split("`")[1] for t in found] == ["prune.calibration_batch", "train.validation_draws"]
+    assert [t.split("`")[1] for t in found] == ["score.batch_size", "train.validation_draws"]
     assert all("the number of ranks (4)" in t for t in found)
     assert [t.split("`")[1] for t in job.problems(*few[1:])] == ["train.validation_draws"]  # nothing is pruned
-    enough = ["prune.calibration_batch=4", "prune.calibration_draws=8", "train.validation_draws=4"]
+    enough = ["score.batch_size=4", "score.draws=8", "train.validation_draws=4"]
     assert job.problems("prune.target_depth=4", *enough) == []
 
 
@@ -461,7 +461,7 @@ FIXED = {
     "data.num_readers=2": "4", "data.shuffle_buffer=9": "1024", "train.global_batch_size=64": "128",
     "train.learning_rate=0.5": "0.001", "train.lr_schedule=constant": "cosine", "train.betas=[0.9,0.9]": "[0.9, 0.999]",
     "train.ema_decay=0.5": "0.9999", "train.label_dropout=0.2": "0.1", "train.grad_clip=2": "1.0",
-    "prune.target_depth=3": "None", "prune.criterion=random": "loss", "prune.calibration_draws=2048": "1024",
+    "prune.target_depth=3": "None", "prune.criterion=random": "loss", "score.draws=2048": "1024",
     "prune.score_only=true": "False",
 }  # fmt: skip
 

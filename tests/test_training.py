@@ -17,7 +17,7 @@ TINY = [
     "preset=digits_prune", "model.depth=4", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=16",
     "train.micro_batch_size=4", "train.num_steps=12", "train.validate_every=6", "train.validation_draws=32",
     "train.checkpoint_every=4", "train.keep_checkpoints=9", "train.warmup_steps=0", "prune.target_depth=2",
-    "prune.num_checks=2", "prune.end_step=8", "prune.calibration_draws=64", "prune.calibration_batch=32",
+    "prune.num_checks=2", "prune.end_step=8", "score.draws=64", "score.batch_size=32",
     "prune.ntk_samples=4", "prune.ntk_repeats=1", "prune.zico_batches=2", "prune.zico_batch_size=4",
     "prune.criterion=loss", "sample.grid=4", "sample.num_steps=2", "monitor.log_every=1", "monitor.wandb=false",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from entprune_ds import config_data, config_sampling, config_schema
+from entprune_ds import config_data, config_methods, config_prune, config_sampling, config_schema
 from entprune_ds.config import PRESETS, Config, ConfigError, load_config
 from entprune_ds.redact import redacted
 
@@ -66,7 +66,8 @@ def help_text(head: str, sections: list[str]) -> str:
 
 def _field_docs() -> dict[str, dict[str, str]]:
     """{class: {field: the docstring under it}} of the settings."""
-    trees, docs = [ast.parse(inspect.getsource(m)) for m in (config_schema, config_data, config_sampling)], {}
+    modules = (config_schema, config_data, config_methods, config_prune, config_sampling)
+    trees, docs = [ast.parse(inspect.getsource(m)) for m in modules], {}
     for cls in (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)):
         docs[cls.name] = {
             field.target.id: str(text.value.value)

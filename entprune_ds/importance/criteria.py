@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from entprune_ds.importance.measuring import Measuring
 from entprune_ds.importance.scores import Scores
 from entprune_ds.rng import generator_for
 
@@ -39,6 +40,8 @@ class Criterion:
     """One line of the table."""
 
     order: Callable[[RankingRequest], list[int]]
+    measure: Callable[[Measuring], Scores] | None = None
+    """Measures scores of its own, under names of its own. Collective; None when the sweep or nothing is enough."""
     needs_sweep: bool = False
     """Whether the order depends on the scores of a sweep."""
     needs_entropy: bool = False
@@ -60,8 +63,7 @@ def removal_order(
     Raises:
         ValueError: for an unknown criterion, or one whose scores are absent or not finite.
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion `{criterion}` is not known. Choose one of {', '.join(CRITERIA)}.")
+    chosen = find_criterion(criterion)
     request = RankingRequest(
         scores=scores,
         kept_blocks=tuple(sorted(kept_blocks)),
@@ -70,7 +72,18 @@ def removal_order(
         check=check,
         explicit_order=tuple(explicit_order),
     )
-    return CRITERIA[criterion].order(request)
+    return chosen.order(request)
+
+
+def find_criterion(name: str) -> Criterion:
+    """The line of the table.
+
+    Raises:
+        ValueError: for an unknown criterion.
+    """
+    if name not in CRITERIA:
+        raise ValueError(f"criterion `{name}` is not known. Choose one of {', '.join(CRITERIA)}.")
+    return CRITERIA[name]
 
 
 def lowest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:

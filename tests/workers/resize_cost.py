@@ -141,9 +141,9 @@ def topology(zero_stage: int, pipe_stages: int, ds_config: str, **model: object)
 def largest(zero_stage: int, pipe_stages: int, ds_config: str, folder: str) -> dict:
     """Largest tensors in a resize, a pruning check, a checkpoint and its loading; sizes to compare them with."""
     config = topology(zero_stage, pipe_stages, ds_config, depth=12, hidden_size=64)
-    prune = replace(config.prune, target_depth=9, num_checks=1, criterion="loss", calibration_draws=16)
-    prune = replace(prune, calibration_batch=8, ntk_samples=2, ntk_repeats=2, zico_batches=4, zico_batch_size=2)
-    config = replace(config, prune=prune)
+    prune = replace(config.prune, target_depth=9, num_checks=1, criterion="loss")
+    prune = replace(prune, ntk_samples=2, ntk_repeats=2, zico_batches=4, zico_batch_size=2)
+    config = replace(config, prune=prune, score=replace(config.score, draws=16, batch_size=8))
     engine = build_engine(config, config.model)
     initialize_fresh(engine, 0)
     train_steps(engine, config, 0, 1)

@@ -24,11 +24,12 @@ def scores(export: str, shards: str, zero_stage: int, out: str, stages: int = 1)
 
     import torch
 
-    from entprune_ds.config import PruneConfig
-    from entprune_ds.coordinator import measure_candidate, proxy_draws, run_check, sweep_scores
+    from entprune_ds.config import PruneConfig, ScoreConfig
+    from entprune_ds.coordinator import measure_candidate, measuring, proxy_draws, run_check
     from entprune_ds.diffusion.objective import build_objective
     from entprune_ds.engine.build import build_engine
     from entprune_ds.engine.view import ShardedView
+    from entprune_ds.importance.leave_one_out import measure_sweep
     from entprune_ds.importance.scores import scores_as_json
     from entprune_ds.interop.safetensors import read_export
     from entprune_ds.run_state import load_weights
@@ -42,9 +43,9 @@ def scores(export: str, shards: str, zero_stage: int, out: str, stages: int = 1)
     engine = build_engine(config, model)
     load_weights(engine, Path(export), model)
     view = ShardedView(engine, "weight", torch.float64)
-    prune = PruneConfig(calibration_draws=96, calibration_batch=32, ntk_samples=4, zico_batches=4, zico_batch_size=4)
-    config = replace(config, prune=prune, run=replace(config.run, seed=3))
-    found = scores_as_json(sweep_scores(view, model.blocks, config, 0, examples_of(config, 0)))
+    prune, score = PruneConfig(ntk_samples=4, zico_batches=4, zico_batch_size=4), ScoreConfig(draws=96, batch_size=32)
+    config = replace(config, prune=prune, score=score, run=replace(config.run, seed=3))
+    found = scores_as_json(measure_sweep(measuring(view, model.blocks, config, 0, examples_of(config, 0))))
     gathers = view.gathers
     objective = build_objective(model, config.diffusion)
     draws = proxy_draws(objective, prune, 3, 0, examples_of(config, 0))
