@@ -165,6 +165,10 @@ def _read_preset(name: str, problems: list[str]) -> dict:
     if isinstance(data, dict) and data.get("allow_pipe", False) is not False:
         message = f"preset `{name}` sets `data.allow_pipe`, which lets shards run shell commands. "
         problems.append(message + "Take it out; who wants it writes data.allow_pipe=true on the command line.")
+    prune = (values or {}).get("prune")
+    if isinstance(prune, dict) and str(prune.get("criterion", "")).endswith(".py"):
+        message = f"preset `{name}` sets `prune.criterion` to a file, whose code would run. Take it out; who wants it "
+        problems.append(message + f"writes prune.criterion={prune['criterion']} on the command line.")
     return values or {}
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from entprune_ds import comm, fault_points
 from entprune_ds.config import Config, PruneConfig
+from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
-from entprune_ds.importance.criteria import find_criterion, removal_order
+from entprune_ds.importance.criteria import removal_order
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.measuring import Batch, Measuring
 from entprune_ds.importance.ntk import ntk_score
@@ -62,9 +63,10 @@ def run_check(
     comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
     target = config.prune.target_depth or 1
     order = removal_order(
-        prune.criterion, scores, kept_blocks, target_depth=target, seed=seed, check=check,
-        explicit_order=prune.explicit_order,
+        chosen_criterion(prune), scores, kept_blocks, target_depth=target, seed=seed, check=check,
+        explicit_order=prune.explicit_order, combined=prune.combined_weights,
     )  # fmt: skip
+    comm.assert_same_on_all_ranks(order, "the order of removal")  # a user's criterion may be random
     swept = time.perf_counter()
     cap = blocks_per_check(prune, original_depth)
     if prune.score_only:  # nothing goes, so the last checks would be out of reach of any cap
@@ -85,7 +87,7 @@ def run_check(
 
 def measure(m: Measuring) -> Scores:
     """What the criterion needs, and the sweep for the record unless score.sweep=needed. Collective."""
-    criterion = find_criterion(m.config.prune.criterion)
+    criterion = chosen_criterion(m.config.prune)
     scores: Scores = {}
     if m.config.score.sweep == "always" or criterion.needs_sweep:
         scores |= measure_sweep(m, entropy_needed=criterion.needs_entropy)
@@ -99,12 +101,12 @@ def measuring(parts: Parts, kept_blocks: tuple[int, ...], config: Config, check:
     objective = build_objective(config.model, config.diffusion)
     taken: dict[str, int] = {}
 
-    def draw(purpose: str, count: int) -> Batch:
+    def draw(purpose: str, count: int, t: Tensor | None = None) -> Batch:
         first = taken.get(purpose, 0)
         taken[purpose] = first + count
         latents, labels = examples(purpose, count)
         slots = range(first, first + count)
-        draws = objective.make_draws(latents, labels, slots, seed=config.run.seed, purpose=purpose, step=check)
+        draws = objective.make_draws(latents, labels, slots, seed=config.run.seed, purpose=purpose, step=check, t=t)
         return Batch(draws.z_t, draws.t, draws.labels, draws.target)
 
     return Measuring(
