@@ -62,7 +62,7 @@ class Gates:
             soft = torch.softmax((self.scale * logits - (-uniform.log()).log()) / tau, dim=0)
             hard = torch.zeros_like(soft)
             hard[soft.argmax()] = 1
-            gates.append((hard + soft - soft.detach()) @ group.masks)
+            gates.append((hard + (soft - soft.detach())) @ group.masks)
         return torch.cat(gates)
 
     def probabilities(self) -> dict[int, float]:

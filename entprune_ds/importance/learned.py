@@ -1,7 +1,8 @@
 """Learned gates: which blocks to keep is trained together with LoRA, which stands for the recovery to come.
 
 TinyFusion (Fang et al., arXiv 2412.01199): every group of consecutive blocks draws one of its masks by a
-straight-through Gumbel-softmax, y = x + m (f(x) - x), and the loss of the masked, LoRA-tuned model trains logits and LoRA alike.
+straight-through Gumbel-softmax, y = x + m (f(x) - x), and the loss of the masked, LoRA-tuned model trains logits and
+LoRA alike. Temperature, scale, rank and learning rates are those of the authors.
 """
 
 from __future__ import annotations

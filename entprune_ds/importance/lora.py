@@ -1,4 +1,4 @@
-"""LoRA on the linear layers of a block: W x + up (down x), the base weights frozen (Hu et al., arXiv 2106.09685)."""
+"""LoRA on the linear layers of a block: W x + 2 up (down x), the base weights frozen (Hu et al., arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entprune_ds.rng import generator_for
+
+SCALE = 2.0
+"""alpha / rank, as TinyFusion has it (alpha = 2 rank)."""
 
 
 class Adapter(NamedTuple):
@@ -58,6 +61,6 @@ def adapted(block: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[nn.Mo
 
 def _added(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + F.linear(F.linear(args[0], adapter.down), adapter.up)
+        return output + SCALE * F.linear(F.linear(args[0], adapter.down), adapter.up)
 
     return hook

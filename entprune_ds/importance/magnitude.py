@@ -13,8 +13,8 @@ def measure_magnitude(m: Measuring) -> Scores:
     """L1 and L2 norm of all weights and biases of each block. Collective: all ranks call.
 
     magnitude_l1 = sum |w| (Li et al., arXiv 1608.08710; for whole blocks Kim et al., arXiv 2402.02834), magnitude_l2 =
-    sqrt(sum w^2), both in float64. Nothing is drawn, so the standard errors are 0. Of blocks of unequal width the narrow
-    ones have the smaller norm, which is meant: they hold less.
+    sqrt(sum w^2), both in float64. Nothing is drawn, so the standard errors are 0. Of blocks of unequal width the
+    narrow ones have the smaller norm, which is meant: they hold less.
 
     Raises:
         DistributedError: on all ranks, when a weight is not finite, naming the block.
