@@ -99,10 +99,9 @@ def _criterion_problems(config: Config) -> list[str]:
         weights = config.prune.combined_weights
     except ValueError as problem:
         return [str(problem)]
-    unknown = [name for name in weights if name not in CRITERIA or name == "combined"]
-    if unknown:
-        members = ", ".join(name for name in CRITERIA if name != "combined")
-        return [f"`prune.combined` may hold {members}, got {', '.join(unknown)}."]
+    members = [name for name in CRITERIA if name not in ("combined", "recovery_race")]  # a race judges sets, not blocks
+    if unknown := [name for name in weights if name not in members]:
+        return [f"`prune.combined` may hold {', '.join(members)}, got {', '.join(unknown)}."]
     if criterion == "combined" and not weights:
         return ["`prune.criterion=combined` needs `prune.combined`, such as prune.combined=[ced:1,loss:0.5]. Set it."]
     return []
