@@ -6,7 +6,12 @@ import re
 
 from entprune_ds.config_schema import Config
 
-CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit")
+CRITERIA = (
+    "ced", "ced_abs", "loss", "random", "every_other", "explicit",
+    "mse", "ld_pruner", "flux_lite", "shortgpt",
+)  # fmt: skip
+SWEEP_CRITERIA = ("ced", "ced_abs", "loss", "mse", "ld_pruner", "flux_lite", "shortgpt")
+"""Those whose order depends on the scores of a sweep."""
 
 
 def pruning_problems(config: Config) -> list[str]:
@@ -67,10 +72,15 @@ def pruning_problems(config: Config) -> list[str]:
 def _score_problems(config: Config) -> list[str]:
     """Values of `score.*`."""
     score, found = config.score, []
-    for key, least in dict(draws=2, batch_size=1).items():
+    for key, least in dict(draws=2, batch_size=1, stack_memory=1).items():
         if getattr(score, key) < least:
             found.append(f"`score.{key}` must be at least {least}, got {getattr(score, key)}.")
-    for key, known in dict(dtype=("float32", "float64"), sweep=("always", "needed")).items():
+    choices: dict[str, tuple[str, ...]] = dict(dtype=("float32", "float64"), sweep=("always", "needed"))
+    choices |= dict(unit=("block", "attention", "mlp"), mode=("once", "greedy"))
+    for key, known in choices.items():
         if getattr(score, key) not in known:
             found.append(f"`score.{key}` must be one of {', '.join(known)}, got {getattr(score, key)}.")
+    if score.mode == "greedy" and config.prune.criterion not in SWEEP_CRITERIA:
+        message = f"`score.mode=greedy` scores again by the sweep, on which `prune.criterion` {config.prune.criterion} "
+        found.append(message + f"does not depend. Set score.mode=once, or choose one of {', '.join(SWEEP_CRITERIA)}.")
     return found

@@ -10,7 +10,7 @@ class PruneConfig:
     target_depth: int | None = None
     """Blocks that remain at the end; null trains without pruning."""
     criterion: str = "ced"
-    """Which blocks go first: ced, ced_abs, loss, random, every_other or explicit."""
+    """Which blocks go first: ced, ced_abs, loss, mse, ld_pruner, flux_lite, shortgpt, random, every_other, explicit."""
     explicit_order: tuple[int, ...] = ()
     """criterion=explicit: original block indices in the order of removal."""
     num_checks: int = 4
@@ -51,3 +51,15 @@ class ScoreConfig:
     """Precision of the scoring passes: float32 or float64."""
     sweep: str = "always"
     """One-sweep scores at a check: always, for the record; or needed, only where the criterion depends on them."""
+    unit: str = "block"
+    """What is left out beside whole blocks, for the record: block (nothing more), or the branch attention or mlp.
+
+    Branch scores are named criterion/branch, e.g. ced/attention. What is removed is whole blocks, by their own scores.
+    """
+    mode: str = "once"
+    """once ranks the blocks by one scoring; greedy scores again, on the same draws, after each block that goes."""
+    stack_memory: int = 8192
+    """Most MiB that a rank's streams may take in a sweep: every variant of its share of `score.batch_size` draws.
+
+    Greedy keeps streams of earlier rounds in what remains of it, and computes again what does not fit.
+    """

@@ -13,6 +13,7 @@ from entprune_ds import comm, fault_points
 from entprune_ds.config import Config, PruneConfig
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
 from entprune_ds.importance.criteria import find_criterion, removal_order
+from entprune_ds.importance.greedy import greedy_ranking
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.measuring import Batch, Measuring
 from entprune_ds.importance.ntk import ntk_score
@@ -58,17 +59,13 @@ def run_check(
     """
     prune, seed = config.prune, config.run.seed
     start = time.perf_counter()
-    scores = measure(measuring(parts, kept_blocks, config, check, examples))
-    comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
-    target = config.prune.target_depth or 1
-    order = removal_order(
-        prune.criterion, scores, kept_blocks, target_depth=target, seed=seed, check=check,
-        explicit_order=prune.explicit_order,
-    )  # fmt: skip
-    swept = time.perf_counter()
-    cap = blocks_per_check(prune, original_depth)
+    target, cap = config.prune.target_depth or 1, blocks_per_check(prune, original_depth)
     if prune.score_only:  # nothing goes, so the last checks would be out of reach of any cap
         cap = max(cap, len(kept_blocks) - target)
+    scores, order = rank_blocks(
+        measuring(parts, kept_blocks, config, check, examples), min(cap, len(kept_blocks) - target)
+    )
+    swept = time.perf_counter()
     depths = candidate_depths(len(kept_blocks), target, cap, prune.num_checks - check)
     objective = build_objective(config.model, config.diffusion)
     draws = proxy_draws(objective, prune, seed, check, examples)
@@ -81,6 +78,28 @@ def run_check(
         decision = replace(decision, cut=recut(decision))
     comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
     return decision, CheckTimes(swept - start, time.perf_counter() - swept)
+
+
+def rank_blocks(m: Measuring, removals: int) -> tuple[Scores, list[int]]:
+    """Scores of the check, and the present blocks in the order of removal, by score.mode. Collective.
+
+    Args:
+        m: the check.
+        removals: most blocks that it may remove: as often does greedy score.
+    """
+    prune = m.config.prune
+
+    def order(scores: Scores, kept_blocks: tuple[int, ...]) -> list[int]:
+        comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
+        return removal_order(
+            prune.criterion, scores, kept_blocks, target_depth=prune.target_depth or 1, seed=m.config.run.seed,
+            check=m.check, explicit_order=prune.explicit_order,
+        )  # fmt: skip
+
+    if m.config.score.mode == "greedy":
+        return greedy_ranking(m, measure, order, removals)
+    scores = measure(m)
+    return scores, order(scores, m.kept_blocks)
 
 
 def measure(m: Measuring) -> Scores:

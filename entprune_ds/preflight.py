@@ -12,6 +12,7 @@ from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
+from entprune_ds.importance.stack_memory import stack_problem
 from entprune_ds.interop.weights import starting_problems
 from entprune_ds.rollback import rollback_pending, rollback_problem
 
@@ -52,6 +53,10 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     if prune.target_depth is not None and config.score.batch_size < world_size:
         message = f"`score.batch_size` must be at least the number of ranks ({world_size}), "
         found.append(message + f"got {config.score.batch_size}.")
+    sweeps = config.score.sweep == "always" or CRITERIA[prune.criterion].needs_sweep
+    if prune.target_depth is not None and sweeps:
+        problem = stack_problem(config, world_size, len(config.model.blocks))
+        found += [problem] if problem is not None else []
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
     if config.data.shards or data_needed:

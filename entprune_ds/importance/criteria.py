@@ -169,5 +169,9 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion(random_order),
     "every_other": Criterion(every_other),
     "explicit": Criterion(explicit),
+    "mse": Criterion(lowest_score_first("mse"), needs_sweep=True),
+    "ld_pruner": Criterion(lowest_score_first("ld_pruner"), needs_sweep=True),
+    "flux_lite": Criterion(lowest_score_first("flux_lite"), needs_sweep=True),
+    "shortgpt": Criterion(lowest_score_first("shortgpt"), needs_sweep=True),
 }
 CRITERIA_NEED_SWEEP = frozenset(name for name, criterion in CRITERIA.items() if criterion.needs_sweep)

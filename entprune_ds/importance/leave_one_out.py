@@ -4,57 +4,70 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from entprune_ds import comm, fault_points
-from entprune_ds.config import ModelConfig
+from entprune_ds.importance.influence import InfluenceStatistics
 from entprune_ds.importance.measuring import Measuring, my_share
 from entprune_ds.importance.scores import Scores, score_blocks
-from entprune_ds.importance.sweep import leave_one_out
+from entprune_ds.importance.stack_memory import stack_chunk, stack_problem, units_of
+from entprune_ds.importance.sweep import Swept, sweep
 from entprune_ds.importance.sweep_statistics import SweepStatistics
 from entprune_ds.logs import get_logger
 
 PROGRESS_SECONDS = 10.0
 """A sweep that takes longer says how far it is."""
-WIDEST_ACTIVATION = {"cpu": 2**23, "cuda": 2**30}
-"""Bytes of the widest activation (MLP) in one block evaluation of the sweep: bounds its memory, fits CPU caches."""
 
 
 def measure_sweep(m: Measuring, entropy_needed: bool = False) -> Scores:
     """One-sweep leave-one-out scores of every block. Collective: all ranks call.
+
+    Those of the branch of `score.unit` are named criterion/branch, e.g. ced/attention.
 
     Args:
         m: the check.
         entropy_needed: whether blocks are ranked by an entropy, see `score_blocks`.
 
     Raises:
-        DistributedError: on all ranks, when outputs are not finite or have no spread.
+        DistributedError: on all ranks, when outputs are not finite or have no spread, or the variants do not fit
+            `score.stack_memory`.
     """
+    if (problem := stack_problem(m.config, comm.world_size(), len(m.kept_blocks))) is not None:
+        raise comm.DistributedError(problem)
     size, groups = m.config.score.batch_size, m.config.score.draws // m.config.score.batch_size
-    chunk = stack_chunk(m.config.model, m.parts.dtype)
-    statistics: SweepStatistics | None = None
+    chunk, units = stack_chunk(m.config.model, m.parts.dtype), units_of(m.config)
+    outputs: list[SweepStatistics] = []
+    influence = [InfluenceStatistics(len(m.kept_blocks), groups, m.parts.device) for _ in units]
     start = shown = time.perf_counter()
     for group in range(groups):
         mine = my_share(m.draw("calibration", size))
-        outputs = leave_one_out(m.parts, m.kept_blocks, mine.z_t, mine.t, mine.labels, chunk=chunk)
-        if statistics is None:
-            statistics = SweepStatistics(m.kept_blocks, groups, tuple(outputs.shape[2:]), outputs.device)
-        statistics.update(group, outputs, mine.target, mine.t, m.loss_fn)
+        streams = None if m.streams is None else m.streams.of(group)
+        swept = sweep(m.parts, m.kept_blocks, mine.z_t, mine.t, mine.labels, units, chunk, streams)
+        for place, unit in enumerate(units):
+            of_unit = _of_unit(swept, place, len(units))
+            if len(outputs) == place:
+                shape = tuple(swept.outputs.shape[2:])
+                outputs.append(SweepStatistics(m.kept_blocks, groups, shape, swept.outputs.device, unit))
+            outputs[place].update(group, of_unit.outputs, mine.target, mine.t, m.loss_fn, of_unit.changes)
+            influence[place].update(group, of_unit.changes)
         fault_points.reach("scoring")
         if time.perf_counter() - shown >= PROGRESS_SECONDS:
             shown = time.perf_counter()
             left = (shown - start) / (group + 1) * (groups - group - 1)
             get_logger().info("scored calibration batch %d of %d, %.0f s left", group + 1, groups, left)
-    assert statistics is not None  # groups >= 2 is checked with the config
-    groups_of_all_ranks = statistics.reduce()
-    try:
-        return score_blocks(groups_of_all_ranks, m.kept_blocks, entropy_needed=entropy_needed)
-    except ValueError as problem:  # the same on all ranks: the statistics are
-        raise comm.DistributedError(f"check {m.check}: {problem}") from problem
+    scores: Scores = {}
+    for place, unit in enumerate(units):
+        groups_of_all_ranks = outputs[place].reduce()
+        try:
+            found = score_blocks(groups_of_all_ranks, m.kept_blocks, entropy_needed=entropy_needed and unit == "block")
+        except ValueError as error:  # the same on all ranks: the statistics are
+            raise comm.DistributedError(f"check {m.check}: {error}") from error
+        found |= influence[place].scores(m.kept_blocks)
+        scores |= found if unit == "block" else {f"{name}/{unit}": by_block for name, by_block in found.items()}
+    return scores
 
 
-def stack_chunk(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Examples (variants x draws) that one block evaluation takes at once within WIDEST_ACTIVATION."""
-    tokens = (model.input_size // model.patch_size) ** 2
-    widest = tokens * model.mlp_size * dtype.itemsize
-    return max(1, WIDEST_ACTIVATION[comm.device().type] // widest)
+def _of_unit(swept: Swept, place: int, num_units: int) -> Swept:
+    """The full model and the variants that lack one unit of several."""
+    if num_units == 1:
+        return swept
+    rows = [0, *range(1 + place, len(swept.outputs), num_units)]
+    return Swept(swept.outputs[rows], swept.changes[place::num_units])

@@ -37,7 +37,8 @@ def score_blocks(
 
     signed_ced = H(X | drop block) - H(X) and ced = |signed_ced| (EntPruner, arXiv 2511.21122, sec. 3.3), in nats;
     ced_abs = sum of the absolute term differences, which cannot cancel; loss = rise of the mean loss;
-    mse = mean squared difference of an output element from the full model. The standard error is the
+    mse = mean squared difference of an output element from the full model; ld_pruner = shift of the output's mean
+    plus shift of its std, as norms over the elements (LD-Pruner, arXiv 2404.11936). The standard error is the
     jackknife over the groups (Efron & Stein 1981); ced takes that of signed_ced, since folding at 0 would
     hide the spread of a block whose sign is uncertain.
 
@@ -60,9 +61,10 @@ def score_blocks(
         raise ValueError(problem)
     values = _statistics(total, entropy)
     resampled = [_statistics(rest, entropy) for rest in _leave_one_group_out(groups)]
-    errors = {name: _jackknife_error(torch.stack([r[name] for r in resampled])) for name in values}
+    errors = {name: jackknife_error(torch.stack([r[name] for r in resampled])) for name in values}
     values, errors = values | {"ced": values["signed_ced"].abs()}, errors | {"ced": errors["signed_ced"]}
-    names = ("loss", "mse") if problem is not None else ("ced", "signed_ced", "ced_abs", "loss", "mse")
+    names = () if problem is not None else ("ced", "signed_ced", "ced_abs")
+    names = (*names, "loss", "mse", "ld_pruner")
     return {name: _by_block(kept_blocks, values[name], errors[name]) for name in names}
 
 
@@ -95,7 +97,13 @@ def _statistics(group: GroupStatistics, entropy: Estimator) -> dict[str, Tensor]
         "ced_abs": differences.abs().sum(1),
         "loss": (group.loss[1:] - group.loss[0]) / count,
         "mse": group.squared_deviation[1:] / (count * elements),
+        "ld_pruner": _shift(group.outputs.mean) + _shift(group.outputs.variance().sqrt()),
     }
+
+
+def _shift(of_variants: Tensor) -> Tensor:
+    """Norm of the difference from variant 0. (1+L,C,H,W) -> (L,)."""
+    return (of_variants[1:] - of_variants[:1]).flatten(1).norm(dim=1)
 
 
 def _leave_one_group_out(groups: Sequence[GroupStatistics]) -> list[GroupStatistics]:
@@ -110,7 +118,7 @@ def _leave_one_group_out(groups: Sequence[GroupStatistics]) -> list[GroupStatist
     return [*rest, prefix]
 
 
-def _jackknife_error(resampled: Tensor) -> Tensor:
+def jackknife_error(resampled: Tensor) -> Tensor:
     """Standard error from statistics (G,L) that each leave one of G groups out -> (L,)."""
     groups = resampled.shape[0]
     return (resampled.var(0, correction=0) * (groups - 1)).sqrt()

@@ -119,10 +119,13 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (N,T,D), c (N,D) -> (N,T,D)."""
+    def forward(self, x: Tensor, c: Tensor, without: str = "") -> Tensor:
+        """x (N,T,D), c (N,D) -> (N,T,D); without "attention" or "mlp" only the other branch is applied."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        if without != "attention":
+            x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        if without == "mlp":
+            return x
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
