@@ -52,14 +52,8 @@ class ScoreConfig:
     sweep: str = "always"
     """One-sweep scores at a check: always, for the record; or needed, only where the criterion depends on them."""
     unit: str = "block"
-    """What is left out beside whole blocks, for the record: block (nothing more), or the branch attention or mlp.
-
-    Branch scores are named criterion/branch, e.g. ced/attention. What is removed is whole blocks, by their own scores.
-    """
+    """Scored for the record beside blocks, as e.g. ced/attention: block (no more), or branches attention or mlp."""
     mode: str = "once"
     """once ranks the blocks by one scoring; greedy scores again, on the same draws, after each block that goes."""
     stack_memory: int = 8192
-    """Most MiB that a rank's streams may take in a sweep: every variant of its share of `score.batch_size` draws.
-
-    Greedy keeps streams of earlier rounds in what remains of it, and computes again what does not fit.
-    """
+    """Most MiB that a rank's streams may take in a sweep; greedy keeps those of earlier rounds in what remains."""

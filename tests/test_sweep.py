@@ -20,6 +20,7 @@ from entprune_ds.importance.parts import ModuleParts
 from entprune_ds.importance.scores import Scores
 from entprune_ds.importance.stack_memory import KeptStreams, stack_problem
 from entprune_ds.importance.sweep import stream_change, sweep
+from entprune_ds.preflight import training_problems
 from tests.ranks import run_ranks
 from tests.reference.greedy import greedy_order, own_changes
 from tests.reference.leave_one_out import brute_force_outputs, brute_force_scores
@@ -304,6 +305,8 @@ def test_a_stack_over_the_limit_is_refused_with_the_batch_that_fits():
     with_branch = replace(config, score=replace(config.score, unit="mlp"))
     assert "57 variants" in (stack_problem(with_branch, 8, 28) or "")
     assert "Raise `score.stack_memory`" in (stack_problem(with_branch, 1, 2000) or "")
+    prune = replace(config.prune, target_depth=14, start_step=1)
+    assert problem in training_problems(replace(config, prune=prune), data_needed=False)  # before any rank starts
 
 
 def test_a_check_whose_stack_does_not_fit_removes_nothing():
