@@ -63,3 +63,44 @@ class ScoreConfig:
 
     Greedy keeps streams of earlier rounds in what remains of it, and computes again what does not fit.
     """
+    estimator: str = "per_element"
+    """Entropy of the output: per_element, per_channel or scalar (one Gaussian sigma each), low_rank or knn.
+
+    low_rank: a Gaussian with its covariance, in score.rank directions; knn: nearest neighbours, no shape assumed, in
+    score.knn_dim directions. Both work in one basis, fitted on and whitened by the full model."""
+    timestep_buckets: int = 1
+    """Entropies are averaged over this many equal parts of the time axis; 1 pools them."""
+    within_class: tuple[int, ...] = ()
+    """Entropies are averaged over these classes; empty pools all.
+
+    The sweep then draws from these classes only, the same number from each, at least 32."""
+    rank: int = 32
+    """estimator=low_rank: directions; every cell (timestep bucket x class) needs 10 draws for each."""
+    shrinkage: float = 0.0
+    """estimator=low_rank: share a of (1 - a) S + a tr(S) / d I, which keeps the covariance S away from singular."""
+    knn_dim: int = 8
+    """estimator=knn: directions d; every cell (timestep bucket x class) needs 2^(d + 1) draws."""
+    knn_k: int = 3
+    """estimator=knn: which nearest neighbour."""
+    basis: str = "pca"
+    """estimator=low_rank, knn: the directions of largest variance of the full model's output (pca), or random ones."""
+    until: str = "draws"
+    """draws: score.draws are drawn; resolved: at least as many, until what this check may remove is told apart.
+
+    That is: until the most blocks that this check may remove, those of lowest score, differ from each of the others at
+    score.confidence, or score.max_draws are drawn. The order among them may stay open."""
+    max_draws: int = 8192
+    """until=resolved: most draws."""
+    confidence: float = 0.95
+    """Two blocks differ when their paired difference is not 0 at this confidence (two-sided, by jackknife)."""
+
+    @property
+    def cells(self) -> int:
+        """Parts of the draws whose entropies are averaged."""
+        return self.timestep_buckets * max(1, len(self.within_class))
+
+    @property
+    def draws_per_cell(self) -> int:
+        """Draws that the estimator needs in every cell."""
+        fewest = 2 if self.cells == 1 else 32
+        return max(fewest, {"low_rank": 10 * self.rank, "knn": max(32, 2 ** (self.knn_dim + 1))}.get(self.estimator, 0))
