@@ -52,28 +52,17 @@ class ScoreConfig:
     sweep: str = "always"
     """One-sweep scores at a check: always, for the record; or needed, only where the criterion depends on them."""
     unit: str = "block"
-    """What is left out beside whole blocks, for the record: block (nothing more), or the branch attention or mlp.
-
-    Branch scores are named criterion/branch, e.g. ced/attention. What is removed is whole blocks, by their own scores.
-    """
+    """Scored for the record beside blocks, as e.g. ced/attention: block (no more), or branches attention or mlp."""
     mode: str = "once"
     """once ranks the blocks by one scoring; greedy scores again, on the same draws, after each block that goes."""
     stack_memory: int = 8192
-    """Most MiB that a rank's streams may take in a sweep: every variant of its share of `score.batch_size` draws.
-
-    Greedy keeps streams of earlier rounds in what remains of it, and computes again what does not fit.
-    """
+    """Most MiB that a rank's streams may take in a sweep; greedy keeps those of earlier rounds in what remains."""
     estimator: str = "per_element"
-    """Entropy of the output: per_element, per_channel or scalar (one Gaussian sigma each), low_rank or knn.
-
-    low_rank: a Gaussian with its covariance, in score.rank directions; knn: nearest neighbours, no shape assumed, in
-    score.knn_dim directions. Both work in one basis, fitted on and whitened by the full model."""
+    """Entropy: per_element, per_channel, scalar (Gaussian), low_rank (with its covariance) or knn (of any shape)."""
     timestep_buckets: int = 1
     """Entropies are averaged over this many equal parts of the time axis; 1 pools them."""
     within_class: tuple[int, ...] = ()
-    """Entropies are averaged over these classes; empty pools all.
-
-    The sweep then draws from these classes only, the same number from each, at least 32."""
+    """Classes over which entropies are averaged, the only ones drawn, in equal numbers; empty pools all classes."""
     rank: int = 32
     """estimator=low_rank: directions; every cell (timestep bucket x class) needs 10 draws for each."""
     shrinkage: float = 0.0
@@ -85,12 +74,9 @@ class ScoreConfig:
     basis: str = "pca"
     """estimator=low_rank, knn: the directions of largest variance of the full model's output (pca), or random ones."""
     until: str = "draws"
-    """draws: score.draws are drawn; resolved: at least as many, until what this check may remove is told apart.
-
-    That is: until the most blocks that this check may remove, those of lowest score, differ from each of the others at
-    score.confidence, or score.max_draws are drawn. The order among them may stay open."""
+    """draws: score.draws are drawn; resolved: more, until the blocks that may go differ from all that then stay."""
     max_draws: int = 8192
-    """until=resolved: most draws."""
+    """until=resolved: most draws. The blocks are the most that the check may remove; their own order may stay open."""
     confidence: float = 0.95
     """Two blocks differ when their paired difference is not 0 at this confidence (two-sided, by jackknife)."""
 
