@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from entprune_ds.config_checks_score import estimator_problems
 from entprune_ds.config_schema import Config
 
 CRITERIA = (
@@ -37,7 +38,7 @@ def pruning_problems(config: Config) -> list[str]:
         found.append(f"`prune.vote_weights` must be at least 0 and not both 0, got {list(prune.vote_weights)}.")
     if prune.vote_tolerance < 0:
         found.append(f"`prune.vote_tolerance` must be at least 0, got {prune.vote_tolerance}.")
-    found += _score_problems(config)
+    found += _score_problems(config) or estimator_problems(config, SWEEP_CRITERIA)
     if prune.target_depth is None or found:
         return found
     if not 1 <= prune.target_depth < depth:

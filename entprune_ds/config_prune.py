@@ -57,3 +57,36 @@ class ScoreConfig:
     """once ranks the blocks by one scoring; greedy scores again, on the same draws, after each block that goes."""
     stack_memory: int = 8192
     """Most MiB that a rank's streams may take in a sweep; greedy keeps those of earlier rounds in what remains."""
+    estimator: str = "per_element"
+    """Entropy: per_element, per_channel, scalar (Gaussian), low_rank (with its covariance) or knn (of any shape)."""
+    timestep_buckets: int = 1
+    """Entropies are averaged over this many equal parts of the time axis; 1 pools them."""
+    within_class: tuple[int, ...] = ()
+    """Classes over which entropies are averaged, the only ones drawn, in equal numbers; empty pools all classes."""
+    rank: int = 32
+    """estimator=low_rank: directions; every cell (timestep bucket x class) needs 10 draws for each."""
+    shrinkage: float = 0.0
+    """estimator=low_rank: share a of (1 - a) S + a tr(S) / d I, which keeps the covariance S away from singular."""
+    knn_dim: int = 8
+    """estimator=knn: directions d; every cell (timestep bucket x class) needs 2^(d + 1) draws."""
+    knn_k: int = 3
+    """estimator=knn: which nearest neighbour."""
+    basis: str = "pca"
+    """estimator=low_rank, knn: the directions of largest variance of the full model's output (pca), or random ones."""
+    until: str = "draws"
+    """draws: score.draws are drawn; resolved: more, until the blocks that may go differ from all that then stay."""
+    max_draws: int = 8192
+    """until=resolved: most draws. The blocks are the most that the check may remove; their own order may stay open."""
+    confidence: float = 0.95
+    """Two blocks differ when their paired difference is not 0 at this confidence (two-sided, by jackknife)."""
+
+    @property
+    def cells(self) -> int:
+        """Parts of the draws whose entropies are averaged."""
+        return self.timestep_buckets * max(1, len(self.within_class))
+
+    @property
+    def draws_per_cell(self) -> int:
+        """Draws that the estimator needs in every cell."""
+        fewest = 2 if self.cells == 1 else 32
+        return max(fewest, {"low_rank": 10 * self.rank, "knn": max(32, 2 ** (self.knn_dim + 1))}.get(self.estimator, 0))

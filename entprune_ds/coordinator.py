@@ -62,9 +62,8 @@ def run_check(
     target, cap = config.prune.target_depth or 1, blocks_per_check(prune, original_depth)
     if prune.score_only:  # nothing goes, so the last checks would be out of reach of any cap
         cap = max(cap, len(kept_blocks) - target)
-    scores, order = rank_blocks(
-        measuring(parts, kept_blocks, config, check, examples), min(cap, len(kept_blocks) - target)
-    )
+    removable = min(cap, len(kept_blocks) - target)
+    scores, order = rank_blocks(measuring(parts, kept_blocks, config, check, examples, removable), removable)
     swept = time.perf_counter()
     depths = candidate_depths(len(kept_blocks), target, cap, prune.num_checks - check)
     objective = build_objective(config.model, config.diffusion)
@@ -113,7 +112,9 @@ def measure(m: Measuring) -> Scores:
     return scores
 
 
-def measuring(parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, examples: Examples) -> Measuring:
+def measuring(
+    parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, examples: Examples, removable: int = 1
+) -> Measuring:
     """A check as criteria see it: draws of this check's own random streams."""
     objective = build_objective(config.model, config.diffusion)
     taken: dict[str, int] = {}
@@ -127,8 +128,9 @@ def measuring(parts: Parts, kept_blocks: tuple[int, ...], config: Config, check:
         return Batch(draws.z_t, draws.t, draws.labels, draws.target)
 
     return Measuring(
-        parts=parts, kept_blocks=kept_blocks, config=config, check=check, draw=draw, loss_fn=objective.scoring_loss
-    )
+        parts=parts, kept_blocks=kept_blocks, config=config, check=check, draw=draw, loss_fn=objective.scoring_loss,
+        removable=removable,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

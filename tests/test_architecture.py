@@ -22,6 +22,7 @@ FLOORS = (
         "config_sampling",
         "config_checks",
         "config_checks_prune",
+        "config_checks_score",
         "plain_yaml",
         "atomic",
         "locks",

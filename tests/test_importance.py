@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from entprune_ds import config_checks_prune
-from entprune_ds.importance import entropy, ntk, zico
+from entprune_ds.importance import ntk, zico
 from entprune_ds.importance.criteria import CRITERIA, CRITERIA_NEED_SWEEP, removal_order
 from entprune_ds.importance.moments import Moments, merge, moments_of, zero_moments
 from entprune_ds.importance.ntk import condition_number, layer_gram, ntk_gram, ntk_score
@@ -175,23 +175,6 @@ def test_planted_blocks_get_the_sign_and_size_that_they_must():
     assert abs(scores["ced"][13].value) <= 1e-11 and scores["ced_abs"][13].value > 0.1  # 13: permutes channels
     assert abs(scores["ced_abs"][14].value) <= 1e-11  # 14: flips signs
     assert scores["mse"][14].value > 1 and scores["loss"][14].value > 1
-
-
-@pytest.mark.parametrize("estimator", entropy.ESTIMATORS)
-def test_estimators_measure_a_known_entropy_difference(estimator):
-    x = normal(4000, 3, 4, 4)
-    stack = torch.stack([x, 2 * x + 5 if estimator == "per_element" else 2 * x], dim=1)
-    difference_of_terms, left_out = entropy.term_differences(moments_of(stack), entropy.ESTIMATORS[estimator])
-    assert math.isclose(difference_of_terms.sum().item(), 48 * math.log(2), rel_tol=0.01)
-    assert left_out.tolist() == [0]
-
-
-def test_pooled_estimators_see_the_spread_between_elements():
-    x = normal(500, 2, 3, 3) + 10 * torch.arange(9.0, dtype=torch.float64).view(3, 3)
-    moments = moments_of(x.unsqueeze(1))
-    expected = 9 * x.transpose(0, 1).flatten(1).std(1, correction=0).log()
-    torch.testing.assert_close(entropy.per_channel(moments)[0], expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(entropy.scalar(moments)[0, 0], 18 * x.std(correction=0).log(), rtol=1e-12, atol=0)
 
 
 def test_elements_without_spread_are_left_out_counted_and_limited():

@@ -7,13 +7,11 @@ the branch and without it. Both are means over draws, so sums per jackknife grou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from entprune_ds import comm
-from entprune_ds.importance.scores import Score, Scores, jackknife_error
+from entprune_ds.importance.jackknife import Resampled
 
 NAMES = ("flux_lite", "shortgpt")
 """In the order of `sweep.Swept.changes`."""
@@ -31,19 +29,13 @@ class InfluenceStatistics:
         self.sums[group] += changes.sum(2)
         self.counts[group] += changes.shape[2]
 
-    def scores(self, kept_blocks: Sequence[int]) -> Scores:
-        """Scores over all ranks' draws, added up in rank order. Collective: all ranks call.
+    def reduce(self, stop: int) -> dict[str, Resampled]:
+        """Scores of the first `stop` groups over all ranks' draws, added up in rank order. Collective: all ranks call.
 
         Every group has draws on some rank, and all are finite: `SweepStatistics.reduce` has checked it.
         """
-        sums, counts = (sum(comm.all_gather(s), torch.zeros_like(s)) for s in (self.sums, self.counts))
+        gathered = (comm.all_gather(s[:stop]) for s in (self.sums, self.counts))
+        sums, counts = (sum(g, torch.zeros_like(g[0])) for g in gathered)
         values = sums.sum(0) / counts.sum(0)  # (L,2)
         rest = (sums.sum(0) - sums) / (counts.sum(0) - counts)  # (G,L,2)
-        errors = jackknife_error(rest)
-        return {
-            name: {
-                b: Score(v, e)
-                for b, v, e in zip(kept_blocks, values[:, i].tolist(), errors[:, i].tolist(), strict=True)
-            }
-            for i, name in enumerate(NAMES)
-        }
+        return {name: Resampled(values[:, i], rest[..., i]) for i, name in enumerate(NAMES)}

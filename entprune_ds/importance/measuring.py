@@ -46,6 +46,8 @@ class Measuring:
     """(prediction (N,C,H,W), target, t) -> loss per example (N,)."""
     streams: KeptStreams | None = None
     """Of the same draws in an earlier round of a greedy ranking, which a sweep may start from."""
+    removable: int = 1
+    """Most blocks that this check may remove."""
 
 
 def my_share(batch: Batch) -> Batch:

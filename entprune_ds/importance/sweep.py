@@ -29,6 +29,13 @@ class Swept(NamedTuple):
     """(L*U,2,N) float64: how far the clean stream right after a block is from the same stream without the unit, as
     mean squared difference and as 1 - cosine, mean over tokens; for a whole block, from its own input."""
 
+    def of_unit(self, place: int, num_units: int) -> Swept:
+        """The full model and the variants that lack one unit of several."""
+        if num_units == 1:
+            return self
+        rows = [0, *range(1 + place, len(self.outputs), num_units)]
+        return Swept(self.outputs[rows], self.changes[place::num_units])
+
 
 class Streams(Protocol):
     """Where a sweep may leave streams, for a later sweep of the same draws with fewer blocks."""

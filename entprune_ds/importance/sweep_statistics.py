@@ -111,18 +111,21 @@ class SweepStatistics:
         which = f"whichever of blocks {list(self.kept_blocks)} is dropped{found}"
         return f"the output or the loss is NaN or infinite {which}, {where}"
 
-    def reduce(self) -> list[GroupStatistics]:
+    def reduce(self, first: int = 0, stop: int | None = None) -> list[GroupStatistics]:
         """Statistics of all ranks' draws, bit-identical on all ranks. Collective: all ranks call.
 
         Gathered and merged in rank order, one group at a time.
+
+        Args:
+            first, stop: the groups to reduce; all of them by default.
 
         Raises:
             comm.DistributedError: on all ranks, when an output of any rank was not finite, naming block and batch.
             ValueError: when a group has no draws on any rank.
         """
         comm.raise_together(self.problem)
-        reduced = [_gather_group(group) for group in self.groups]
-        empty = [i for i, group in enumerate(reduced) if group.outputs.count == 0]
+        reduced = [_gather_group(group) for group in self.groups[first:stop]]
+        empty = [i for i, group in enumerate(reduced, first) if group.outputs.count == 0]
         if empty:
             raise ValueError(f"calibration batches {empty} have no draws on any rank; every batch needs some.")
         return reduced

@@ -64,11 +64,18 @@ def _scores(decision: Decision) -> Markup | None:
         found = [scores.get(block) for scores in decision.scores.values()]
         place = tables.place(decision, block)
         cells = (MISSING if s is None else with_error(s.value, s.standard_error) for s in found)
-        rows.append((f"block {block}", MISSING if place is None else str(place), *cells))
+        same = _not_told_apart(decision, block)
+        rows.append((f"block {block}", MISSING if place is None else str(place), same, *cells))
     agreement = {name: (rho, tau) for name, rho, tau in tables.agreement(decision)}
     for place, name in enumerate(("Spearman ρ", "Kendall τ") if agreement else ()):
         cells = (f"{agreement[c][place]:.2f}" if c in agreement else "" for c in decision.scores)
-        rows.append((f"{name} with {decision.criterion}", "", *cells))
+        rows.append((f"{name} with {decision.criterion}", "", "", *cells))
     marked = [i for i, block in enumerate(blocks) if block in decision.removed]
-    head = ("", "goes", *decision.scores)
+    head = ("", "goes", "not told apart from", *decision.scores)
     return tag("details", tag("summary", "Scores of all criteria, ± standard error"), table(head, rows, marked))
+
+
+def _not_told_apart(decision: Decision, block: int) -> str:
+    """Blocks whose deciding score the draws could not tell from this one's."""
+    score = decision.scores.get(decision.scored_by, {}).get(block)
+    return MISSING if score is None or score.same_as is None else block_ranges(score.same_as) or "none"

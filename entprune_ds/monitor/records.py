@@ -22,6 +22,10 @@ class Score:
     value: float
     standard_error: float
     """NaN where it was not measured."""
+    same_as: tuple[int, ...] | None = None
+    """Blocks that could not be told apart from this one; None where that was not looked at."""
+    draws: int | None = None
+    """Draws that the score is of, where the record says so."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,9 @@ def number(values: Any, *keys: str) -> float:
 
 
 def _score(row: Any) -> Score:
-    return Score(_number(row, "value"), _number(row, "standard_error"))
+    same_as = _blocks(row, "same_as") if "same_as" in _object(row) else None
+    draws = _integer(row, "draws") if "draws" in row else None
+    return Score(_number(row, "value"), _number(row, "standard_error"), same_as, draws)
 
 
 def _candidate(row: Mapping[str, Any]) -> Candidate:

@@ -70,7 +70,8 @@ def place(decision: Decision, block: int) -> int | None:
 def separation(decision: Decision) -> str:
     """How clearly the last block that went differs from the first that stayed; empty where that cannot be said.
 
-    The standard errors are combined as if independent. The draws are paired, so the true distance is rather larger.
+    What the check recorded of the paired difference decides. In older records the standard errors are combined as if
+    independent, though the draws are paired, so the true distance is rather larger.
     """
     scores = decision.scores.get(decision.criterion, {})
     ordered = [b for b in decision.order if b in scores]
@@ -79,12 +80,15 @@ def separation(decision: Decision) -> str:
     if not gone or not stayed:
         return ""
     last, first = scores[gone[-1]], scores[stayed[0]]
+    pair = f"Last to go, block {gone[-1]}, and first to stay, block {stayed[0]}"
+    if last.same_as is not None:
+        of_draws = "these" if last.draws is None else f"{last.draws:,}"
+        return f"{pair}: {'not ' if stayed[0] in last.same_as else ''}told apart by {of_draws} draws."
     error = math.hypot(last.standard_error, first.standard_error)
     if not error > 0:
         return ""
     distance = abs(first.value - last.value) / error
     verdict = "clearly different" if distance > 2 else "not told apart by this many draws"
-    pair = f"Last to go, block {gone[-1]}, and first to stay, block {stayed[0]}"
     return f"{pair}: {sensible(distance, 2)} standard errors apart, {verdict}."
 
 
