@@ -109,7 +109,13 @@ def load_config(arguments: list[str], check: typing.Callable[[Config], list[str]
             preset = text
         else:
             layers.append(_layer(key, text, problems))
-    layers.insert(0, _read_preset(preset, problems))
+    words, layers = layers, [_read_preset(preset, problems), *layers]
+    file = _criterion_of(layers[0])
+    if file.endswith(".py") and not any(map(_criterion_of, words)):
+        message = (
+            f"preset `{preset}` sets `prune.criterion` to a file, whose code would run. Take it out; who wants it "
+        )
+        problems.append(message + f"writes prune.criterion={file} on the command line.")
     interpolations = [p for layer in layers for p in _interpolations(layer)]
     problems += interpolations
     config = config_from_dict({} if interpolations else _merge(layers, problems), problems)
@@ -166,6 +172,12 @@ def _read_preset(name: str, problems: list[str]) -> dict:
         message = f"preset `{name}` sets `data.allow_pipe`, which lets shards run shell commands. "
         problems.append(message + "Take it out; who wants it writes data.allow_pipe=true on the command line.")
     return values or {}
+
+
+def _criterion_of(layer: dict) -> str:
+    """What a layer says about `prune.criterion`; empty where it says nothing."""
+    prune = layer.get("prune")
+    return str(prune.get("criterion", "")) if isinstance(prune, dict) else ""
 
 
 def _merge(layers: list[dict], problems: list[str]) -> dict:

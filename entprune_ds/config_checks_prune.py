@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from entprune_ds.config_checks_score import estimator_problems
 from entprune_ds.config_schema import Config
@@ -10,17 +11,19 @@ from entprune_ds.config_schema import Config
 CRITERIA = (
     "ced", "ced_abs", "loss", "random", "every_other", "explicit",
     "mse", "ld_pruner", "flux_lite", "shortgpt",
+    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "learned", "combined",
 )  # fmt: skip
 SWEEP_CRITERIA = ("ced", "ced_abs", "loss", "mse", "ld_pruner", "flux_lite", "shortgpt")
 """Those whose order depends on the scores of a sweep."""
+MAX_GROUP = 16
+"""Most blocks that `learned.group_size` may put into a group."""
 
 
 def pruning_problems(config: Config) -> list[str]:
     """Impossible values of `prune.*`, `score.*` and the methods; the rest of the settings is sound."""
     prune, score, depth = config.prune, config.score, len(config.model.blocks)
     found: list[str] = []
-    if prune.criterion not in CRITERIA:
-        found.append(f"`prune.criterion` must be one of {', '.join(CRITERIA)}, got {prune.criterion}.")
+    found += _criterion_problems(config)
     minima = dict(num_checks=1, ntk_samples=2, ntk_repeats=1, zico_batches=2, zico_batch_size=1, max_blocks_per_check=1)
     if prune.rollback and not re.fullmatch(r"step_\d+", prune.rollback):
         found.append(f"`prune.rollback` must name a checkpoint, such as step_400, got {prune.rollback}.")
@@ -39,6 +42,8 @@ def pruning_problems(config: Config) -> list[str]:
     if prune.vote_tolerance < 0:
         found.append(f"`prune.vote_tolerance` must be at least 0, got {prune.vote_tolerance}.")
     found += _score_problems(config) or estimator_problems(config, SWEEP_CRITERIA)
+    found += _gradient_problems(config)
+    found += _learned_problems(config)
     if prune.target_depth is None or found:
         return found
     if not 1 <= prune.target_depth < depth:
@@ -84,4 +89,60 @@ def _score_problems(config: Config) -> list[str]:
     if score.mode == "greedy" and config.prune.criterion not in SWEEP_CRITERIA:
         message = f"`score.mode=greedy` scores again by the sweep, on which `prune.criterion` {config.prune.criterion} "
         found.append(message + f"does not depend. Set score.mode=once, or choose one of {', '.join(SWEEP_CRITERIA)}.")
+    return found
+
+
+def _criterion_problems(config: Config) -> list[str]:
+    """The name, file or combination of `prune.criterion`."""
+    criterion = config.prune.criterion
+    if criterion.endswith(".py"):
+        if Path(criterion).is_file():
+            return []
+        return [
+            f"`prune.criterion` is {criterion}, which is not a file. Correct the path: docs/CRITERIA.md has an example."
+        ]
+    if criterion not in CRITERIA:
+        return [f"`prune.criterion` must be one of {', '.join(CRITERIA)}, or a path that ends in .py, got {criterion}."]
+    try:
+        weights = config.prune.combined_weights
+    except ValueError as problem:
+        return [str(problem)]
+    unknown = [name for name in weights if name not in CRITERIA or name == "combined"]
+    if unknown:
+        members = ", ".join(name for name in CRITERIA if name != "combined")
+        return [f"`prune.combined` may hold {members}, got {', '.join(unknown)}."]
+    if criterion == "combined" and not weights:
+        return ["`prune.criterion=combined` needs `prune.combined`, such as prune.combined=[ced:1,loss:0.5]. Set it."]
+    return []
+
+
+def _gradient_problems(config: Config) -> list[str]:
+    """Settings of taylor and diff_pruning."""
+    score, found = config.score, []
+    for key, least in dict(gradient_batches=2, gradient_batch_size=1).items():
+        if getattr(score, key) < least:
+            found.append(f"`score.{key}` must be at least {least}, got {getattr(score, key)}.")
+    if not all(0 <= t < 1 for t in score.taylor_t):
+        found.append(f"`score.taylor_t` must lie in [0, 1), got {list(score.taylor_t)}.")
+    if score.taylor_t and score.gradient_batch_size % len(score.taylor_t):
+        message = f"`score.gradient_batch_size` ({score.gradient_batch_size}) must be a multiple of the "
+        found.append(message + f"{len(score.taylor_t)} times of `score.taylor_t`. Change one of them.")
+    if not 0 <= score.diff_pruning_threshold < 1:
+        found.append(f"`score.diff_pruning_threshold` must lie in [0, 1), got {score.diff_pruning_threshold}.")
+    return found
+
+
+def _learned_problems(config: Config) -> list[str]:
+    """Settings of `learned.*`."""
+    learned, found = config.learned, []
+    for key, least in dict(steps=1, batch_size=1, lora_rank=0).items():
+        if getattr(learned, key) < least:
+            found.append(f"`learned.{key}` must be at least {least}, got {getattr(learned, key)}.")
+    if not 2 <= learned.group_size <= MAX_GROUP:  # at most C(16, 8) = 12,870 masks
+        found.append(f"`learned.group_size` must lie in [2, {MAX_GROUP}], got {learned.group_size}.")
+    for key in ("learning_rate", "scale", "lora_learning_rate"):
+        if getattr(learned, key) <= 0:
+            found.append(f"`learned.{key}` must be above 0, got {getattr(learned, key)}.")
+    if not 0 < learned.tau[1] <= learned.tau[0]:
+        found.append(f"`learned.tau` must be two numbers, the first at least the second, got {list(learned.tau)}.")
     return found

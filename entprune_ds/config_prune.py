@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -10,9 +11,12 @@ class PruneConfig:
     target_depth: int | None = None
     """Blocks that remain at the end; null trains without pruning."""
     criterion: str = "ced"
-    """Which blocks go first: ced, ced_abs, loss, mse, ld_pruner, flux_lite, shortgpt, random, every_other, explicit."""
+    """Which blocks go first: ced, ced_abs, loss, mse, ld_pruner, flux_lite, shortgpt, magnitude_l1, magnitude_l2,
+    taylor, diff_pruning, learned, random, every_other, explicit, combined, or a .py file (docs/CRITERIA.md)."""
     explicit_order: tuple[int, ...] = ()
     """criterion=explicit: original block indices in the order of removal."""
+    combined: tuple[str, ...] = ()
+    """criterion=combined: its members as NAME:WEIGHT, e.g. [ced:1,loss:0.5]; the places that they give are averaged."""
     num_checks: int = 4
     """Pruning checks; one stands at the start of each of this many equal parts of the pruning phase."""
     start_step: int = 0
@@ -39,6 +43,22 @@ class PruneConfig:
     """Use the memory that removals free: larger micro-batches and fewer accumulation steps at the same global batch."""
     rollback: str = ""
     """Go back to the checkpoint before a removal, e.g. step_400, once; the other prune.* settings may then change."""
+
+    @property
+    def combined_weights(self) -> dict[str, float]:
+        """`combined` as {criterion: weight}.
+
+        Raises:
+            ValueError: when a member is not NAME:WEIGHT, its weight not above 0, or its name there twice.
+        """
+        weights: dict[str, float] = {}
+        for member in self.combined:
+            name, _, weight = member.partition(":")
+            if name in weights or not re.fullmatch(r"(\d+\.?\d*|\.\d+)", weight) or float(weight) == 0:
+                message = "`prune.combined` must list different criteria as NAME:WEIGHT, each weight above 0, "
+                raise ValueError(message + f"such as [ced:1,loss:0.5], got {member}.")
+            weights[name] = float(weight)
+        return weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +99,14 @@ class ScoreConfig:
     """until=resolved: most draws. The blocks are the most that the check may remove; their own order may stay open."""
     confidence: float = 0.95
     """Two blocks differ when their paired difference is not 0 at this confidence (two-sided, by jackknife)."""
+    gradient_batches: int = 8
+    """taylor, diff_pruning: batches of draws; each is a jackknife group of the standard errors."""
+    gradient_batch_size: int = 32
+    """taylor, diff_pruning: draws of such a batch; diff_pruning takes as many evenly spaced t, one of each a batch."""
+    taylor_t: tuple[float, ...] = ()
+    """taylor: chosen t in [0, 1) (t of SiT, timestep / 1000 of DiT); empty draws t as training does."""
+    diff_pruning_threshold: float = 0.05
+    """diff_pruning: gradients count at those t whose loss is above this share of the largest loss of all t."""
 
     @property
     def cells(self) -> int:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from entprune_ds import comm, fault_points
 from entprune_ds.config import Config, PruneConfig
+from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
-from entprune_ds.importance.criteria import find_criterion, removal_order
+from entprune_ds.importance.criteria import removal_order
 from entprune_ds.importance.greedy import greedy_ranking
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.measuring import Batch, Measuring
@@ -90,10 +91,12 @@ def rank_blocks(m: Measuring, removals: int) -> tuple[Scores, list[int]]:
 
     def order(scores: Scores, kept_blocks: tuple[int, ...]) -> list[int]:
         comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
-        return removal_order(
-            prune.criterion, scores, kept_blocks, target_depth=prune.target_depth or 1, seed=m.config.run.seed,
-            check=m.check, explicit_order=prune.explicit_order,
+        found = removal_order(
+            chosen_criterion(prune), scores, kept_blocks, target_depth=prune.target_depth or 1, seed=m.config.run.seed,
+            check=m.check, explicit_order=prune.explicit_order, combined=prune.combined_weights,
         )  # fmt: skip
+        comm.assert_same_on_all_ranks(found, "the order of removal")  # a user's criterion may be random
+        return found
 
     if m.config.score.mode == "greedy":
         return greedy_ranking(m, measure, order, removals)
@@ -103,7 +106,7 @@ def rank_blocks(m: Measuring, removals: int) -> tuple[Scores, list[int]]:
 
 def measure(m: Measuring) -> Scores:
     """What the criterion needs, and the sweep for the record unless score.sweep=needed. Collective."""
-    criterion = find_criterion(m.config.prune.criterion)
+    criterion = chosen_criterion(m.config.prune)
     scores: Scores = {}
     if m.config.score.sweep == "always" or criterion.needs_sweep:
         scores |= measure_sweep(m, entropy_needed=criterion.needs_entropy)
@@ -119,12 +122,12 @@ def measuring(
     objective = build_objective(config.model, config.diffusion)
     taken: dict[str, int] = {}
 
-    def draw(purpose: str, count: int) -> Batch:
+    def draw(purpose: str, count: int, t: Tensor | None = None) -> Batch:
         first = taken.get(purpose, 0)
         taken[purpose] = first + count
         latents, labels = examples(purpose, count)
         slots = range(first, first + count)
-        draws = objective.make_draws(latents, labels, slots, seed=config.run.seed, purpose=purpose, step=check)
+        draws = objective.make_draws(latents, labels, slots, seed=config.run.seed, purpose=purpose, step=check, t=t)
         return Batch(draws.z_t, draws.t, draws.labels, draws.target)
 
     return Measuring(

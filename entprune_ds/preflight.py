@@ -8,10 +8,10 @@ from pathlib import Path
 import yaml
 
 from entprune_ds.config import Config, config_from_dict, problems_of, to_dict
+from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
-from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.importance.stack_memory import stack_problem
 from entprune_ds.interop.weights import starting_problems
 from entprune_ds.rollback import rollback_pending, rollback_problem
@@ -53,10 +53,6 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     if prune.target_depth is not None and config.score.batch_size < world_size:
         message = f"`score.batch_size` must be at least the number of ranks ({world_size}), "
         found.append(message + f"got {config.score.batch_size}.")
-    sweeps = config.score.sweep == "always" or CRITERIA[prune.criterion].needs_sweep
-    if prune.target_depth is not None and sweeps:
-        problem = stack_problem(config, world_size, len(config.model.blocks))
-        found += [problem] if problem is not None else []
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
     if config.data.shards or data_needed:
@@ -64,12 +60,31 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     resuming = bool(step_folders(config.run_dir / "checkpoints"))
     if config.model.weights and not resuming:
         found += starting_problems(config.model, config.diffusion, Path(config.model.weights))
-    entropy = prune.target_depth is not None and CRITERIA[prune.criterion].needs_entropy
-    if entropy and prune.start_step == 0 and not config.model.weights and not resuming:
-        message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
-        found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
+    found += _criterion_problems(config, world_size, trained=bool(config.model.weights) or resuming)
     problem = rollback_problem(config)
     return found + _resume_problems(config) + ([problem] if problem else [])
+
+
+def _criterion_problems(config: Config, world_size: int, trained: bool) -> list[str]:
+    """What the criterion of a pruning run lacks; a user's file is loaded."""
+    prune = config.prune
+    if prune.target_depth is None:
+        return []
+    try:
+        criterion = chosen_criterion(prune)
+    except ValueError as error:
+        return [str(error)]
+    found = []
+    if config.score.sweep == "always" or criterion.needs_sweep:
+        problem = stack_problem(config, world_size, len(config.model.blocks))
+        found += [problem] if problem is not None else []
+    if criterion.needs_entropy and prune.start_step == 0 and not trained:
+        message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
+        found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
+    if "learned" in (prune.criterion, *prune.combined_weights) and config.learned.batch_size < world_size:
+        message = f"`learned.batch_size` must be at least the number of ranks ({world_size}), "
+        found.append(message + f"got {config.learned.batch_size}.")
+    return found
 
 
 def validation_spec(config: Config) -> str:

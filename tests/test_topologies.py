@@ -20,6 +20,8 @@ METHODS = {
     "regrow_micro_batch": ["prune.regrow_micro_batch=true"],
     "park=device": ["resize.park=device"],
     "criterion explicit": ["prune.criterion=explicit", "prune.explicit_order=[1,2]"],
+    "criterion learned": ["prune.criterion=learned", "learned.steps=3", "learned.batch_size=8"],
+    "criterion combined": ["prune.criterion=combined", "prune.combined=[taylor:1,random:1]"],
     "vote by NTK alone": ["prune.vote_weights=[1,0]"],
     "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
     "greedy scores and branches": ["score.mode=greedy", "score.unit=attention"],

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -129,4 +130,7 @@ def with_run(words: list[str], command: str) -> tuple[list[str], Path | None]:
         problems.append(f"`{command}` takes either run=FOLDER or preset=NAME, not both.")
     if problems:
         raise ConfigError(problems)
-    return [f"preset={folder / 'config.yaml'}", f"model.weights={folder / 'model'}", *rest], folder
+    own = [f"preset={folder / 'config.yaml'}", f"model.weights={folder / 'model'}"]
+    if re.search(r"^  criterion: .*\.py['\"]?$", (folder / "config.yaml").read_text(), re.M):
+        own.append(f"prune.criterion={Config().prune.criterion}")  # the run's own file is no concern of this command
+    return [*own, *rest], folder

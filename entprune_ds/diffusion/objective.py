@@ -47,7 +47,7 @@ class Objective(Protocol):
 
     def make_draws(
         self, latents: Tensor, labels: Tensor, slots: Sequence[int], *, seed: int, purpose: str, step: int,
-        label_dropout: float = 0.0, null_label: int = -1,
+        label_dropout: float = 0.0, null_label: int = -1, t: Tensor | None = None,
     ) -> Draws:  # fmt: skip
         """Draw noise, t and label dropout for a batch; every example has its own streams.
 
@@ -58,6 +58,8 @@ class Objective(Protocol):
             seed, purpose, step: see rng.generator_for.
             label_dropout: probability of replacing a label by `null_label`.
             null_label: index of the null label.
+            t: (N,) in [0, 1), chosen places in the training range in place of drawn ones: t of SiT, timestep / 1000 of
+                DiT.
         """
 
     def loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
@@ -87,12 +89,12 @@ class FlowObjective:
 
     def make_draws(
         self, latents: Tensor, labels: Tensor, slots: Sequence[int], *, seed: int, purpose: str, step: int,
-        label_dropout: float = 0.0, null_label: int = -1,
+        label_dropout: float = 0.0, null_label: int = -1, t: Tensor | None = None,
     ) -> Draws:  # fmt: skip
         """See Objective."""
         noise, uniform, labels = _random(latents, labels, slots, seed, purpose, step, label_dropout, null_label)
         start, end = training_range(self.path, self.prediction)
-        t = uniform * (end - start) + start
+        t = (uniform if t is None else t.to(uniform)) * (end - start) + start
         z_t, velocity = PATHS[self.path].mix(latents, noise, t)
         return Draws(z_t, t, labels, velocity if self.prediction == "velocity" else noise)
 
@@ -123,11 +125,13 @@ class DiffusionObjective:
 
     def make_draws(
         self, latents: Tensor, labels: Tensor, slots: Sequence[int], *, seed: int, purpose: str, step: int,
-        label_dropout: float = 0.0, null_label: int = -1,
+        label_dropout: float = 0.0, null_label: int = -1, t: Tensor | None = None,
     ) -> Draws:  # fmt: skip
         """See Objective."""
         noise, uniform, labels = _random(latents, labels, slots, seed, purpose, step, label_dropout, null_label)
-        timesteps = (uniform.double() * NUM_TIMESTEPS).long()  # float64: the product stays below 1000
+        timesteps = (
+            (uniform if t is None else t).double() * NUM_TIMESTEPS
+        ).long()  # float64: the product stays below 1000
         z_t = noised(latents, noise, timesteps)
         return Draws(z_t, timesteps.to(latents.dtype), labels, torch.cat([noise, latents], dim=1))
 
