@@ -27,7 +27,7 @@ def check(
     taken = iter(zip(*(c.split(batch_size) for c in columns), strict=True))
     return Measuring(
         parts=parts, kept_blocks=tuple(kept), config=config, check=0,
-        draw=lambda purpose, count: Batch(*next(taken)), loss_fn=mean_squared,
+        draw=lambda purpose, count, t=None: Batch(*next(taken)), loss_fn=mean_squared,
     )  # fmt: skip
 
 
