@@ -14,12 +14,13 @@ from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.interop.weights import starting_problems
 from entprune_ds.rollback import rollback_pending, rollback_problem
+from entprune_ds.teacher import teacher_problems
 
 CHECKSUM_LIMIT = 2**30
 """Shards up to this many bytes are verified whole before the start; larger ones when first opened."""
 
 FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample", "compare")
-PRUNING_SECTIONS = ("prune", "score", "race", "learned", "soft")
+PRUNING_SECTIONS = ("prune", "score", "race", "learned", "soft", "distill")
 """Settings that may change when a run goes back to the checkpoint before a removal."""
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
@@ -27,7 +28,7 @@ FREE_KEYS = (
     "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch",
     "data.max_skipped", "data.allow_pipe", "model.weights", "model.compile", "model.activation_checkpointing",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.validation_draws", "prune.rollback",
+    "train.validate_every", "train.validation_draws", "prune.rollback", "distill.teacher", "distill.placement",
 )  # fmt: skip
 
 
@@ -59,6 +60,7 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     resuming = bool(step_folders(config.run_dir / "checkpoints"))
     if config.model.weights and not resuming:
         found += starting_problems(config.model, config.diffusion, Path(config.model.weights))
+    found += teacher_problems(config)
     entropy = prune.target_depth is not None and CRITERIA[prune.criterion].needs_entropy
     if entropy and prune.start_step == 0 and not config.model.weights and not resuming:
         message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "

@@ -36,6 +36,8 @@ FLOORS = (
     ("data", "interop", "engine", "monitor", "evaluation"),
     (
         "coordinator",
+        "recovery",
+        "teacher",
         "estimate",
         "estimate_resize",
         "faults",
