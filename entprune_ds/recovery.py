@@ -180,6 +180,7 @@ class AddFeatureGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Gradient (N,T,D) of what follows -> the same with ours."""
         (x, teacher), terms = ctx.saved_tensors, ctx.terms
         difference = masked_difference(x, teacher, terms.distill.feature_sigma)
         terms.sums[2] += difference.square().mean() / (terms.count * terms.depth)

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig, digest
 from entprune_ds.diffusion.objective import Draws
+from entprune_ds.estimate_teacher import teacher_dtype
 from entprune_ds.interop.finite import non_finite, non_finite_problem
 from entprune_ds.interop.source import Source, architecture
 from entprune_ds.interop.weights import diffusion_problems, open_weights
@@ -226,7 +227,7 @@ def open_teacher(config: Config, training_dtype: torch.dtype) -> tuple[Teacher, 
     comm.raise_together(error)
     read = {name: (text, count) for part in comm.all_gather_json(counts) for name, text, count in part}
     comm.raise_together(non_finite_problem(f"`distill.teacher` ({path})", {n: read[n][1] for n in source.shapes}))
-    dtype = training_dtype if config.distill.dtype == "train" else getattr(torch, config.distill.dtype)
     known = digest([architecture(source.model), {name: text for name, (text, _) in read.items()}])
     comm.assert_same_on_all_ranks(known, "the teacher (`distill.teacher`)")
+    dtype = teacher_dtype(config, training_dtype)
     return Teacher(source, dtype, config.distill.placement == "sharded"), known

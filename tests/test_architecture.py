@@ -38,6 +38,7 @@ FLOORS = (
         "coordinator",
         "recovery",
         "teacher",
+        "estimate_teacher",
         "estimate",
         "estimate_resize",
         "faults",

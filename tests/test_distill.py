@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from entprune_ds.config import Config, DistillConfig, ModelConfig, TrainConfig
 from entprune_ds.diffusion.objective import FlowObjective, build_objective
@@ -21,6 +22,7 @@ from tests.ranks import run_ranks
 from tests.reference import distill as reference
 from tests.test_training import FULL, cut_after, equal_state, losses, what_was_logged, words
 from tests.tiny import MODEL, load_model, tiny_config, tiny_draws
+from tests.workers.resize_cost import Made
 
 
 def random_source(model: ModelConfig, seed: int = 0) -> Source:
@@ -297,11 +299,12 @@ def test_a_distilled_run_resumes_exactly_and_another_teacher_is_refused(digits, 
         assert row["train/loss"] == pytest.approx(terms, rel=1e-6) and row["train/loss_features"] > 0
     cut = cut_after(whole, tmp_path / "cut", 4)
     moved = str(write_export(tmp_path / "moved", random_source(replace(MODEL, input_size=8, num_classes=10))))
-    run_ranks("tests.workers.training:train", 2, runs=[start("cut", moved)])  # the same teacher in another place
+    another = tiny_teacher(tmp_path / "another", seed=5)
+    with pytest.raises(AssertionError, match="Give the teacher that it was started with"):
+        runs = [start("cut", moved), start("cut", another)]  # the same teacher in another place; then another one
+        run_ranks("tests.workers.training:train", 2, runs=runs)
     assert losses(cut) == losses(whole) and what_was_logged(cut) == what_was_logged(whole)
     assert equal_state(cut / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
-    with pytest.raises(AssertionError, match="Give the teacher that it was started with"):
-        run_ranks("tests.workers.training:train", 1, runs=[start("cut", tiny_teacher(tmp_path / "another", seed=5))])
 
 
 @pytest.mark.full
@@ -314,3 +317,44 @@ def test_compiled_and_recomputed_blocks_learn_the_same(digits, tmp_path):
         "tests.workers.training:train", 2, runs=[words(digits, tmp_path, n, *common, *o) for n, o in options.items()]
     )
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+class Peak(Made):
+    """The most bytes alive at once of what is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = 0
+
+    def note(self, tensor, where):
+        storage = tensor.untyped_storage()
+        self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self.alive.values()))
+
+
+def test_what_the_teacher_takes_is_estimated_and_shown(teacher, capsys):
+    from entprune_ds.cli.dry_run import describe
+    from entprune_ds.estimate_teacher import teacher_memory
+
+    wide = replace(MODEL, hidden_size=64, input_size=8, depth=6)
+    config = replace(tiny_config(), model=wide, distill=DistillConfig(kind="features", teacher=teacher))
+    config = replace(config, train=replace(config.train, micro_batch_size=2))
+    made = Teacher(random_source(wide), torch.float32, sharded=True)  # one rank: nothing is gathered
+    for kind, matched in (("features", matching(wide.blocks, wide.blocks)), ("output", {})):
+        estimated = teacher_memory(replace(config, distill=replace(config.distill, kind=kind)), wide, 1)
+        assert estimated.weights == made.nbytes
+        with Peak() as peak:
+            lessons = made.outputs(tiny_draws(config, 0, 0, 1).split(2), matched, True)
+        assert 0.7 < peak.bytes / estimated.activations < 1.3, kind
+        assert sum(x.nbytes for lesson in lessons for x in lesson.features.values()) < estimated.activations
+    four, whole = teacher_memory(config, wide, 4), replace(config.distill, placement="whole", dtype="bfloat16")
+    assert four.weights < made.nbytes
+    assert teacher_memory(replace(config, distill=whole), wide, 4).weights == made.nbytes // 2
+    keys = ("depth", "hidden_size", "num_heads", "input_size", "in_channels", "num_classes")
+    more = ["distill.kind=output", f"distill.teacher={teacher}", "prune.target_depth=2", "prune.start_step=1"]
+    describe([*(f"model.{key}={getattr(MODEL, key)}" for key in keys), *more])
+    shown = capsys.readouterr().out
+    assert f"# teacher (output, sharded), from the first removal on: depth 4: {teacher}" in shown
+    assert "of weights and" in shown and "on a rank, beside the total" in shown
