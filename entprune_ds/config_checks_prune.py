@@ -44,6 +44,7 @@ def pruning_problems(config: Config) -> list[str]:
     found += _score_problems(config) or estimator_problems(config, SWEEP_CRITERIA)
     found += _gradient_problems(config)
     found += _learned_problems(config)
+    found += _distill_problems(config)
     if prune.target_depth is None or found:
         return found
     if not 1 <= prune.target_depth < depth:
@@ -145,4 +146,29 @@ def _learned_problems(config: Config) -> list[str]:
             found.append(f"`learned.{key}` must be above 0, got {getattr(learned, key)}.")
     if not 0 < learned.tau[1] <= learned.tau[0]:
         found.append(f"`learned.tau` must be two numbers, the first at least the second, got {list(learned.tau)}.")
+    return found
+
+
+def _distill_problems(config: Config) -> list[str]:
+    """Values of `distill.*`."""
+    distill, found = config.distill, []
+    choices = dict(
+        kind=("none", "output", "features"), placement=("sharded", "whole"), dtype=("train", "float32", "bfloat16")
+    )
+    for key, known in choices.items():
+        if getattr(distill, key) not in known:
+            found.append(f"`distill.{key}` must be one of {', '.join(known)}, got {getattr(distill, key)}.")
+    for key in ("plain_weight", "output_weight", "feature_weight"):
+        if (getattr(distill, key) or 0) < 0:
+            found.append(f"`distill.{key}` must be at least 0, got {getattr(distill, key)}.")
+    if distill.plain_weight <= 0 and distill.output_weight <= 0:
+        found.append("`distill.plain_weight` and `distill.output_weight` must not both be 0. Raise one of them.")
+    if distill.feature_sigma <= 0:
+        found.append(f"`distill.feature_sigma` must be above 0, got {distill.feature_sigma}.")
+    if distill.start is not None and not 0 <= distill.start < config.train.num_steps:
+        message = f"`distill.start` must lie in [0, train.num_steps), got {distill.start}. "
+        found.append(message + f"Choose a step below {config.train.num_steps}.")
+    if distill.kind == "none" and distill.teacher:
+        message = f"`distill.teacher` is {distill.teacher}, but `distill.kind` is none: nothing would be learned from "
+        found.append(message + "it. Set distill.kind=output or features, or leave the teacher out.")
     return found

@@ -37,7 +37,24 @@ class SoftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Distillation."""
+    kind: str = "none"
+    """What is learned from the teacher: none; output (its prediction); features (that, and its hidden states)."""
+    teacher: str = ""
+    """The unpruned model, in any format of model.weights; empty: model.weights, which must then hold EMA weights."""
+    start: int | None = None
+    """First step with the teacher; null: the first removal, or step 0 if the run starts with fewer blocks."""
+    plain_weight: float = 0.1
+    """Weight of the training loss."""
+    output_weight: float = 0.9
+    """Weight of the distance from the teacher's prediction."""
+    feature_weight: float | None = None
+    """kind=features: first weight of the hidden states, falling linearly to 0 at the end; null: dit 1e-2, sit 2e-4."""
+    feature_sigma: float = 2.0
+    """kind=features: elements further from the mean in student or teacher, in standard deviations, are left out."""
+    placement: str = "sharded"
+    """Where the teacher lies: sharded (a part of every block on every rank, gathered block by block) or whole."""
+    dtype: str = "train"
+    """Precision of the teacher: train (that of the training's forward pass), float32 or bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,9 +149,7 @@ def proxy_draws(objective: Objective, prune: PruneConfig, seed: int, check: int,
     ntk, zico = prune.ntk_samples * prune.ntk_repeats, prune.zico_batch_size * prune.zico_batches
     latents, labels = examples("proxies", ntk + zico)
     draws = objective.make_draws(latents, labels, range(ntk + zico), seed=seed, purpose="proxies", step=check)
-    first, rest = (
-        Draws(*columns) for columns in zip(*(c.split([ntk, zico]) for c in vars(draws).values()), strict=True)
-    )
+    first, rest = draws.split([ntk, zico])
     return ProxyDraws(first.split(prune.ntk_samples), rest.split(prune.zico_batch_size))
 
 

@@ -15,12 +15,13 @@ from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
 from entprune_ds.importance.stack_memory import stack_problem
 from entprune_ds.interop.weights import starting_problems
 from entprune_ds.rollback import rollback_pending, rollback_problem
+from entprune_ds.teacher import teacher_problems
 
 CHECKSUM_LIMIT = 2**30
 """Shards up to this many bytes are verified whole before the start; larger ones when first opened."""
 
 FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample", "compare")
-PRUNING_SECTIONS = ("prune", "score", "race", "learned", "soft")
+PRUNING_SECTIONS = ("prune", "score", "race", "learned", "soft", "distill")
 """Settings that may change when a run goes back to the checkpoint before a removal."""
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
@@ -28,7 +29,7 @@ FREE_KEYS = (
     "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch",
     "data.max_skipped", "data.allow_pipe", "model.weights", "model.compile", "model.activation_checkpointing",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.validation_draws", "prune.rollback",
+    "train.validate_every", "train.validation_draws", "prune.rollback", "distill.teacher", "distill.placement",
 )  # fmt: skip
 
 
@@ -61,6 +62,7 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     if config.model.weights and not resuming:
         found += starting_problems(config.model, config.diffusion, Path(config.model.weights))
     found += _criterion_problems(config, world_size, trained=bool(config.model.weights) or resuming)
+    found += teacher_problems(config)
     problem = rollback_problem(config)
     return found + _resume_problems(config) + ([problem] if problem else [])
 

@@ -38,6 +38,7 @@ from entprune_ds.monitor.metrics import metrics_size, open_monitor, rewind_metri
 from entprune_ds.preflight import validation_spec
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.schedule import planned_checks
+from entprune_ds.recovery import PlainRecovery, Recovery, open_recovery
 from entprune_ds.rollback import roll_back, rollback_done
 
 log = get_logger()
@@ -65,6 +66,8 @@ class Run:
     """Whether the stream of this start has given a batch."""
     validated: tuple[int, int] = (-1, -1)
     """Step and depth of the newest validation."""
+    recovery: Recovery = field(default_factory=PlainRecovery)
+    """How the loop trains: alone or with a teacher."""
 
     @property
     def objective(self) -> Objective:
@@ -108,6 +111,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     run = Run(config, engine, stream, monitor, step=step, decisions=decisions, checks=planned_checks(config))
     run.saved = step if found is not None else -1
     run.validation = validation_draws(config)
+    run.recovery = open_recovery(config, engine, {} if found is None else found.manifest["record"])
     return run
 
 
@@ -238,6 +242,7 @@ def checkpoint(run: Run) -> None:
         "decisions": [d.to_json() for d in run.decisions],
         "config": to_stored(run.config),
         "metrics_bytes": metrics_size(run.folder),
+        "teacher": run.recovery.digest,
     }
     root = run.folder / "checkpoints"
     save_checkpoint(run.engine, root, run.step, record)

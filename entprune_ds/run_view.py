@@ -38,6 +38,7 @@ def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
     }  # fmt: skip
     if norm is not None:
         values["train/grad_norm"] = float(norm)
+    values |= run.recovery.metrics(engine)
     run.monitor.log(run.step, values)
     line.update(run.step, f"loss {mean:.4f}  depth {engine.depth}  {rate:.0f} examples/s")
     if not math.isfinite(mean):

@@ -14,7 +14,6 @@ from entprune_ds.coordinator import Examples, run_check
 from entprune_ds.data.latents import Batch
 from entprune_ds.data.stream import Stream
 from entprune_ds.diffusion.objective import Draws
-from entprune_ds.engine.build import train_step
 from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import next_cut, resize
 from entprune_ds.engine.view import ShardedView
@@ -80,7 +79,7 @@ def one_step(run: Run) -> Tensor:
     """One optimizer step; returns the mean loss of this data-parallel rank, not yet synchronised."""
     config, engine = run.config, run.engine
     engine.set_learning_rate(learning_rate(config.train, run.step))
-    loss, _ = train_step(engine, next_draws(run), run.objective.loss)
+    loss = run.recovery.train_step(engine, next_draws(run), run.objective, run.step, run.decisions)
     engine.update_ema(config.train.ema_decay)
     run.step += 1
     comm.mark_progress()

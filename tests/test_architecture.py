@@ -38,6 +38,9 @@ FLOORS = (
     (
         "coordinator",
         "criterion_choice",
+        "recovery",
+        "teacher",
+        "estimate_teacher",
         "estimate",
         "estimate_resize",
         "faults",
