@@ -252,6 +252,11 @@ def test_greedy_keeps_no_more_streams_than_the_memory_holds_and_finds_the_same()
         samples.append(parts.samples)
     kept = KeptStreams(check(parts, list(range(6)), columns, "loss", 128, stack_memory=1).config, 1, 6)
     assert (kept.free_rows, kept.stride) == (9, 3)  # of 16 rows of 64 KiB the stack takes 7; 2 batches of 4 rows fit
+    offered, changes = torch.zeros(4, 128, 4, 16, dtype=torch.float64), torch.zeros(3, 2, 128)
+    for batch in range(3):  # one more than the settings say
+        kept.of(batch).offer([0, 1, 2], offered, changes)
+    assert [kept.of(batch).take(range(6)) is None for batch in range(3)] == [False, False, True]
+    assert kept.of(0).take([0, 1, 3, 4, 5]) is None and kept.rows == 4  # block 2 is gone
     assert orders[0] == orders[1] == greedy_order(model, "loss", columns, 4)[0]
     left, evaluations = list(range(6)), stacked(6)
     for block in orders[0][:3]:

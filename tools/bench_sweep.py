@@ -160,9 +160,9 @@ def against_brute_force(model: nn.Module, view: Any, config: Any, options: argpa
             "sweep": lambda: leave_one_out(parts, kept, *draws, chunk),
             "brute": lambda: brute_force(parts, kept, draws, chunk),
         },
-        options.repeats + 1,
+        options.repeats,
     )
-    few = tuple(column[:2] for column in draws)
+    few = tuple(column[:2] for column in draws)  # counts do not depend on their number
     counted, gathers = [], []
     for way in (leave_one_out, brute_force):
         arguments = (*few, chunk) if way is leave_one_out else (few, chunk)
@@ -296,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--width", type=int, default=384)
     words.add_argument("--depth", type=int, default=28)
-    words.add_argument("--draws", type=int, default=16, help="of a rank, sweep against brute force")
+    words.add_argument("--draws", type=int, default=32, help="of a rank, sweep against brute force")
     words.add_argument("--check-draws", type=int, default=256, help="of all ranks, in two batches; a multiple of 4")
     words.add_argument("--batch", type=int, default=256, help="examples of a training step")
     words.add_argument("--micro", type=int, default=32, help="micro-batch of a rank")
