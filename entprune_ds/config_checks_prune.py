@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from entprune_ds.config_schema import Config
+from entprune_ds.race_plan import race_problems
 
-CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit")
+CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit", "recovery_race")
 
 
 def pruning_problems(config: Config) -> list[str]:
@@ -61,6 +62,8 @@ def pruning_problems(config: Config) -> list[str]:
         if len(set(order)) != len(order) or not set(order) <= set(config.model.blocks) or len(order) < to_remove:
             message = f"`prune.explicit_order` must list at least {to_remove} different present blocks, "
             found.append(message + f"got {list(order)}.")
+    if prune.criterion == "recovery_race" and not found:
+        found += race_problems(config)
     return found
 
 

@@ -10,7 +10,7 @@ class PruneConfig:
     target_depth: int | None = None
     """Blocks that remain at the end; null trains without pruning."""
     criterion: str = "ced"
-    """Which blocks go first: ced, ced_abs, loss, random, every_other or explicit."""
+    """Which blocks go first: ced, ced_abs, loss, random, every_other, explicit or recovery_race."""
     explicit_order: tuple[int, ...] = ()
     """criterion=explicit: original block indices in the order of removal."""
     num_checks: int = 4

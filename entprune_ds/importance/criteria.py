@@ -46,6 +46,8 @@ class Criterion:
     """Whether the order depends on the scores of a sweep."""
     needs_entropy: bool = False
     """Whether the order depends on an entropy, which needs spread in nearly every output element."""
+    races: bool = False
+    """Whether a recovery race, which trains, gives it its scores."""
 
 
 def removal_order(
@@ -169,5 +171,6 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion(random_order),
     "every_other": Criterion(every_other),
     "explicit": Criterion(explicit),
+    "recovery_race": Criterion(lowest_score_first("recovery_race"), needs_sweep=True, races=True),
 }
 CRITERIA_NEED_SWEEP = frozenset(name for name, criterion in CRITERIA.items() if criterion.needs_sweep)
