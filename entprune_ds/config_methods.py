@@ -24,7 +24,7 @@ class RaceConfig:
     origins: tuple[str, ...] = ("spaced", "criteria", "random")
     """Where keep-sets come from: spaced (evenly), criteria (the order of every score of the sweep), random."""
     replicas: str = "auto"
-    """Whether every rank trains candidates of its own: true, false (all ranks train one, sharded), auto (if it fits)."""
+    """Whether each rank trains candidates of its own: true, false (all ranks train one, sharded), auto (if it fits)."""
     local_search: int = 0
     """Keep-sets one swap away from the winner that race against it, with half of the budget; 0 for none."""
 

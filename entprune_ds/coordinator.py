@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from entprune_ds.rng import generator_for
 Examples = Callable[[str, int], tuple[Tensor, Tensor]]
 """examples(purpose, count) -> the next latents (count,C,H,W) and labels (count,) of a purpose, equal on all ranks."""
 
+HoldRace = Callable[[Measuring, Scores], tuple[Scores, dict[str, Any], Parts]]
+"""hold_race(check, scores of the sweep) -> scores of the race, its record, and the model as it is read from now on."""
+
 
 @dataclass(frozen=True)
 class CheckTimes:
@@ -34,11 +38,13 @@ class CheckTimes:
 
     score: float
     vote: float
+    race: float = 0.0
 
 
 def run_check(
     parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, step: int, original_depth: int,
     examples: Examples, recut: Callable[[PruneDecision], tuple[int, ...] | None] = lambda decision: None,
+    hold_race: HoldRace | None = None,
 ) -> tuple[PruneDecision, CheckTimes]:  # fmt: skip
     """Score every block, vote on the depth, and agree on a decision. Collective: all ranks call.
 
@@ -52,20 +58,31 @@ def run_check(
         original_depth: depth at the start of this run, which the default cap refers to.
         examples: calibration data.
         recut: blocks per pipeline stage for what stays, None without a pipeline; collective.
+        hold_race: for a criterion that races; collective.
 
     Raises:
+        ValueError: when the criterion races and nothing is there to train.
         DistributedError: on all ranks, when outputs are not finite or the ranks do not agree.
     """
     prune, seed = config.prune, config.run.seed
     start = time.perf_counter()
-    scores = measure(measuring(parts, kept_blocks, config, check, examples))
+    m, record = measuring(parts, kept_blocks, config, check, examples), {}
+    scores = measure(m)
+    scored = time.perf_counter()
+    if find_criterion(prune.criterion).races:
+        if hold_race is None:
+            raise ValueError(
+                f"criterion `{prune.criterion}` trains candidates and needs a training run. Choose another."
+            )
+        raced, record, parts = hold_race(m, scores)
+        scores |= raced
     comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
     target = config.prune.target_depth or 1
     order = removal_order(
         prune.criterion, scores, kept_blocks, target_depth=target, seed=seed, check=check,
         explicit_order=prune.explicit_order,
     )  # fmt: skip
-    swept = time.perf_counter()
+    ordered = time.perf_counter()
     cap = blocks_per_check(prune, original_depth)
     if prune.score_only:  # nothing goes, so the last checks would be out of reach of any cap
         cap = max(cap, len(kept_blocks) - target)
@@ -75,12 +92,14 @@ def run_check(
     keep_sets = [tuple(blocks_at_depth(kept_blocks, order, depth)) for depth in depths]
     candidates = [measure_candidate(parts, kept, draws, objective, prune, seed, check) for kept in keep_sets]
     proposal = _decide(candidates, prune, check, step, kept_blocks, order, scores) if comm.is_main() else None
+    if proposal is not None:
+        proposal = replace(proposal, race=record)
     fault_points.reach("broadcast")
     decision = PruneDecision.from_json(comm.broadcast_json(None if proposal is None else proposal.to_json()))
     if not decision.score_only:
         decision = replace(decision, cut=recut(decision))
     comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
-    return decision, CheckTimes(swept - start, time.perf_counter() - swept)
+    return decision, CheckTimes(scored - start, time.perf_counter() - ordered, ordered - scored)
 
 
 def measure(m: Measuring) -> Scores:

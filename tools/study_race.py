@@ -5,7 +5,7 @@ draws of the training shards after a few steps (by batch size and learning rate)
 compared by rank with the validation loss (EMA weights, other draws, other noise) after a long recovery. Then races of
 equal cost are replayed from these curves: few candidates with many steps against many with few.
 
-  OMP_NUM_THREADS=1 python tools/study_race.py model=runs/base/model data=data_digits --json out.json
+  OMP_NUM_THREADS=1 python tools/study_race.py --model runs/base/model --data data_digits --json out.json
 """
 
 from __future__ import annotations
