@@ -66,14 +66,13 @@ def run_check(
     """
     prune, seed = config.prune, config.run.seed
     start = time.perf_counter()
-    m, record = measuring(parts, kept_blocks, config, check, examples), {}
-    scores = measure(m)
+    m = measuring(parts, kept_blocks, config, check, examples)
+    scores, record = measure(m), dict[str, Any]()
     scored = time.perf_counter()
     if find_criterion(prune.criterion).races:
         if hold_race is None:
-            raise ValueError(
-                f"criterion `{prune.criterion}` trains candidates and needs a training run. Choose another."
-            )
+            message = f"`prune.criterion` {prune.criterion} trains candidates, which needs a training run. "
+            raise ValueError(message + "Choose another.")
         raced, record, parts = hold_race(m, scores)
         scores |= raced
     comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")

@@ -6,6 +6,7 @@ of the target depth start from the run's state, train on the same draws, and suc
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,8 +137,8 @@ def _one_race(
     def trial(keep_sets: list[KeepSet], start: int, stop: int) -> list[float]:
         clock.next_round(len(keep_sets), start, stop)
         losses = comm.broadcast_json(trials.run(keep_sets, start, stop, clock.watch))
-        best = min(range(len(losses)), key=lambda i: (not losses[i] == losses[i], losses[i]))
-        log.info("race: after %d steps %s leads with loss %.5f", stop, list(keep_sets[best]), losses[best])
+        leader = min(range(len(losses)), key=lambda i: (not math.isfinite(losses[i]), losses[i]))
+        log.info("race: after %d steps %s leads with loss %.5f", stop, list(keep_sets[leader]), losses[leader])
         return losses
 
     return race(sets, [r.steps for r in rounds], trial)

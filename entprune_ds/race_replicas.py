@@ -1,8 +1,7 @@
-"""Trials on single ranks: each trains whole candidates of its own with plain torch, as many at once as there are ranks."""
+"""Trials on single ranks: each trains whole candidates of its own with plain torch, all ranks at once."""
 
 from __future__ import annotations
 
-import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -104,6 +103,8 @@ class Replicas:
     def run(self, keep_sets: list[KeepSet], start: int, stop: int, watch: Callable[[float], None]) -> list[float]:
         """pruning.halving.Trial; `watch` learns which share of the round is done. Collective."""
         size, found = comm.world_size(), {}
+        if start == 0:
+            self.owner = {}
         self._hand_over(keep_sets, self.start.step + start)
         waves = -(-len(keep_sets) // size)
         for wave in range(waves):
@@ -122,7 +123,8 @@ class Replicas:
         if kept is None:
             yield from ((i + 1) / (stop - start) for i in range(stop - start))
             return
-        model, optimizer = built(self.model.keeping(kept), self.going_on.get(kept, self.start), self.recovery.config)
+        state = self.going_on[kept] if start else self.start
+        model, optimizer = built(self.model.keeping(kept), state, self.recovery.config)
         for group in optimizer.param_groups:
             group.update(self.settings)
         for i, draws in enumerate(self.recovery.draws(start, stop), start):

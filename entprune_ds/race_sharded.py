@@ -6,13 +6,14 @@ on with. No rank ever holds a whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig
+from entprune_ds.diffusion.objective import Draws
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine, train_step
 from entprune_ds.engine.ds_config import stages_at
 from entprune_ds.engine.transfer import ParkedPiece, Range, fill, park
@@ -54,7 +55,7 @@ class Sharded:
         self.going_on = {kept: state for kept, state in self.going_on.items() if kept in keep_sets}
         losses = []
         for place, kept in enumerate(keep_sets):
-            engine = self._candidate(kept)
+            engine = self._candidate(kept, self.going_on[kept] if start else self.start)
             for i, draws in enumerate(self._draws(engine, start, stop), start):
                 engine.set_learning_rate(self.recovery.learning_rate(i))
                 train_step(engine, draws, self.recovery.objective.loss)
@@ -72,12 +73,12 @@ class Sharded:
         engine.ema_count = state.ema_count
         return engine
 
-    def _candidate(self, kept: KeepSet) -> Engine:
+    def _candidate(self, kept: KeepSet, state: ParkedEngine) -> Engine:
         model = self.start.model_config.keeping(kept)
         config, cut = candidate_layout(self.recovery.config, model)
-        return self.going_on.get(kept, self.start).into(build_engine(config, model, cut))
+        return state.into(build_engine(config, model, cut))
 
-    def _draws(self, engine: Engine, start: int, stop: int) -> list | object:
+    def _draws(self, engine: Engine, start: int, stop: int) -> Iterator[list[Draws]]:
         """Micro-batches of every step, none in the middle of a pipeline."""
         if not engine.reads_data:
             return ([] for _ in range(start, stop))

@@ -1,9 +1,9 @@
 """How to spend a small recovery budget: what predicts the loss after a long recovery, on a trained model.
 
 Keep-sets (evenly spaced, from every criterion of one sweep, random) recover from the same weights. Their loss on fixed
-draws of the training shards after a few steps (by batch size and learning rate), and scores that need no step at all, are
-compared by rank with the validation loss (EMA weights, other draws, other noise) after a long recovery. Then races of
-equal cost are replayed from these curves: few candidates with many steps against many with few.
+draws of the training shards after a few steps (by batch size and learning rate), and scores that need no step at all,
+are compared by rank with the validation loss (EMA weights, other draws, other noise) after a long recovery. Then races
+of equal cost are replayed from these curves: few candidates with many steps against many with few.
 
   OMP_NUM_THREADS=1 python tools/study_race.py --model runs/base/model --data data_digits --json out.json
 """
