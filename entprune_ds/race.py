@@ -21,7 +21,7 @@ from entprune_ds.importance.keep_sets import Origin, candidates
 from entprune_ds.importance.measuring import Measuring
 from entprune_ds.importance.scores import Score, Scores
 from entprune_ds.logs import get_logger
-from entprune_ds.pruning.halving import KeepSet, RaceResult, neighbours, race
+from entprune_ds.pruning.halving import KeepSet, NoFiniteLossError, RaceResult, neighbours, race
 from entprune_ds.race_plan import Round, check_budget, cost_of, plan, searches, trial_batch, validation_cost
 from entprune_ds.race_replicas import Replicas, fits, gathered_state
 from entprune_ds.race_sharded import Sharded
@@ -66,7 +66,7 @@ def hold_race(engine: Engine, m: Measuring, scores: Scores, step: int) -> tuple[
     trials: Replicas | Sharded = replicas(engine, recovery) if alone else Sharded(engine, recovery)
     try:
         winner, record = _raced(trials, config, rounds, sets, m.kept_blocks)
-    except ValueError as problem:  # the same on all ranks
+    except NoFiniteLossError as problem:  # the same on all ranks
         raise comm.DistributedError(f"check {m.check}, recovery race: {problem}") from problem
     record |= {"executor": "replicas" if alone else "sharded", "batch_size": trial_batch(config)}
     engine = trials.restored() if isinstance(trials, Sharded) else engine

@@ -7,7 +7,6 @@ on with. No rank ever holds a whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 
@@ -89,7 +88,6 @@ class Sharded:
 def candidate_layout(config: Config, model: ModelConfig) -> tuple[Config, tuple[int, ...] | None]:
     """Config and even cut of a candidate: a short trial is not worth measuring what its layers cost."""
     depth, world_size = len(model.blocks), comm.world_size()
-    any_micro = replace(config, train=replace(config.train, micro_batch_size=None))
-    stages = stages_at(trial_config(any_micro, 1), world_size, depth)
+    stages = stages_at(trial_config(config, None), world_size, depth)
     cut = tuple(depth // stages + (stage < depth % stages) for stage in range(stages))
     return trial_config(config, world_size // stages), cut if stages > 1 else None

@@ -74,9 +74,9 @@ def micro_batch(wanted: int | None, examples: int) -> int:
     return next(m for m in range(most, 0, -1) if examples % m == 0)
 
 
-def trial_config(config: Config, dp_size: int) -> Config:
-    """The config of a candidate that trains alone or sharded: a batch of its own, and nothing else changed."""
+def trial_config(config: Config, dp_size: int | None) -> Config:
+    """The config of a sharded candidate: a batch of its own, in micro-batches for this data-parallel size if known."""
     batch = trial_batch(config)
-    micro = micro_batch(config.train.micro_batch_size, batch // dp_size)
+    micro = None if dp_size is None else micro_batch(config.train.micro_batch_size, batch // dp_size)
     train = replace(config.train, global_batch_size=batch, micro_batch_size=micro)
     return replace(config, train=train, prune=replace(config.prune, regrow_micro_batch=False))

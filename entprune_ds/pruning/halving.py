@@ -12,6 +12,10 @@ Trial = Callable[[list[KeepSet], int, int], list[float]]
 """trial(keep_sets, start, stop) -> the loss of each after `stop` recovery steps, of which `start` are done already."""
 
 
+class NoFiniteLossError(ValueError):
+    """Every candidate of a round has diverged."""
+
+
 @dataclass(frozen=True)
 class RaceResult:
     """Who won, and how."""
@@ -32,7 +36,8 @@ def race(keep_sets: Sequence[KeepSet], steps: Sequence[int], trial: Trial) -> Ra
         trial: see Trial.
 
     Raises:
-        ValueError: when no loss of a round is finite, or the rounds end with more than one candidate.
+        NoFiniteLossError: when no loss of a round is finite.
+        ValueError: when the rounds end with more than one candidate.
     """
     alive, done, rounds = list(dict.fromkeys(keep_sets)), 0, []
     for stop in steps:
@@ -42,7 +47,7 @@ def race(keep_sets: Sequence[KeepSet], steps: Sequence[int], trial: Trial) -> Ra
         stays = better_half(losses)
         if not stays:
             message = f"no loss is finite after {stop} recovery steps of {len(alive)} keep-sets. Nothing was removed."
-            raise ValueError(f"{message} Lower race.learning_rate or train.learning_rate.")
+            raise NoFiniteLossError(f"{message} Lower race.learning_rate or train.learning_rate.")
         rounds.append({"steps": stop, "losses": _as_json(alive, losses, stays)})
         alive, done = [alive[i] for i in stays], stop
     if len(alive) != 1:
