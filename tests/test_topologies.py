@@ -11,6 +11,7 @@ from entprune_ds.importance.criteria import CRITERIA
 from tests.ranks import ROOT, run_ranks
 from tests.test_training import losses, words
 
+RACE = ["race.budget=1", "race.validation_draws=16", "race.candidates=2"]
 METHODS = {
     "training fp32": [],
     "training bf16": [],
@@ -20,12 +21,7 @@ METHODS = {
     "regrow_micro_batch": ["prune.regrow_micro_batch=true"],
     "park=device": ["resize.park=device"],
     "criterion explicit": ["prune.criterion=explicit", "prune.explicit_order=[1,2]"],
-    "criterion recovery_race": [
-        "prune.criterion=recovery_race",
-        "race.budget=1",
-        "race.validation_draws=16",
-        "race.candidates=2",
-    ],
+    "criterion recovery_race": ["prune.criterion=recovery_race", *RACE],
     "vote by NTK alone": ["prune.vote_weights=[1,0]"],
     "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
     "gradient-flow soft pruning": ["prune.criterion=gradient_flow"],

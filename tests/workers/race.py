@@ -86,9 +86,9 @@ class Watched(Largest):
 
 
 def held(shards: str, ds_config: str) -> dict:
-    """What a rank holds during sharded trials of a model of eight blocks, at ZeRO-3."""
+    """What a rank holds during sharded trials of a model of 16 blocks, at ZeRO-3."""
     config = race_config(shards, 3, "fp32")
-    config = replace(config, model=replace(config.model, depth=8, hidden_size=64))
+    config = replace(config, model=replace(config.model, depth=16, hidden_size=64))
     config = replace(config, parallel=replace(config.parallel, ds_config=ds_config))
     engine = build_engine(config, config.model)
     initialize_fresh(engine, 0)
@@ -98,7 +98,7 @@ def held(shards: str, ds_config: str) -> dict:
     recovery = Recovery(config, 0, 1, _objective(config), Draws(*m.draw("race/validation", 16)))
     with Watched() as seen:
         trials = Sharded(engine, recovery)
-        trials.run([(0, 4), (1, 7)], 0, 2, seen.watch)
+        trials.run([(0, 9), (1, 15)], 0, 2, seen.watch)
         trials.restored()
     return {
         "whole": sum(sizes.values()),
