@@ -7,14 +7,17 @@ from pathlib import Path
 
 from entprune_ds.config_checks_score import estimator_problems
 from entprune_ds.config_schema import Config
+from entprune_ds.race_plan import race_problems
 
 CRITERIA = (
     "ced", "ced_abs", "loss", "random", "every_other", "explicit",
     "mse", "ld_pruner", "flux_lite", "shortgpt",
-    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "learned", "combined",
+    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "learned", "combined", "recovery_race",
 )  # fmt: skip
 SWEEP_CRITERIA = ("ced", "ced_abs", "loss", "mse", "ld_pruner", "flux_lite", "shortgpt")
 """Those whose order depends on the scores of a sweep."""
+NOT_COMBINED = ("combined", "recovery_race")
+"""Criteria that `prune.combined` cannot hold."""
 MAX_GROUP = 16
 """Most blocks that `learned.group_size` may put into a group."""
 
@@ -73,6 +76,8 @@ def pruning_problems(config: Config) -> list[str]:
         if len(set(order)) != len(order) or not set(order) <= set(config.model.blocks) or len(order) < to_remove:
             message = f"`prune.explicit_order` must list at least {to_remove} different present blocks, "
             found.append(message + f"got {list(order)}.")
+    if prune.criterion == "recovery_race" and not found:
+        found += race_problems(config)
     return found
 
 
@@ -108,9 +113,9 @@ def _criterion_problems(config: Config) -> list[str]:
         weights = config.prune.combined_weights
     except ValueError as problem:
         return [str(problem)]
-    unknown = [name for name in weights if name not in CRITERIA or name == "combined"]
+    unknown = [name for name in weights if name not in CRITERIA or name in NOT_COMBINED]
     if unknown:
-        members = ", ".join(name for name in CRITERIA if name != "combined")
+        members = ", ".join(name for name in CRITERIA if name not in NOT_COMBINED)
         return [f"`prune.combined` may hold {members}, got {', '.join(unknown)}."]
     if criterion == "combined" and not weights:
         return ["`prune.criterion=combined` needs `prune.combined`, such as prune.combined=[ced:1,loss:0.5]. Set it."]

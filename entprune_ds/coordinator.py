@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from entprune_ds.rng import generator_for
 Examples = Callable[[str, int], tuple[Tensor, Tensor]]
 """examples(purpose, count) -> the next latents (count,C,H,W) and labels (count,) of a purpose, equal on all ranks."""
 
+HoldRace = Callable[[Measuring, Scores], tuple[Scores, dict[str, Any], Parts]]
+"""hold_race(check, scores of the sweep) -> scores of the race, its record, and the model as it is read from now on."""
+
 
 @dataclass(frozen=True)
 class CheckTimes:
@@ -36,11 +40,13 @@ class CheckTimes:
 
     score: float
     vote: float
+    race: float = 0.0
 
 
 def run_check(
     parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, step: int, original_depth: int,
     examples: Examples, recut: Callable[[PruneDecision], tuple[int, ...] | None] = lambda decision: None,
+    hold_race: HoldRace | None = None,
 ) -> tuple[PruneDecision, CheckTimes]:  # fmt: skip
     """Score every block, vote on the depth, and agree on a decision. Collective: all ranks call.
 
@@ -54,8 +60,10 @@ def run_check(
         original_depth: depth at the start of this run, which the default cap refers to.
         examples: calibration data.
         recut: blocks per pipeline stage for what stays, None without a pipeline; collective.
+        hold_race: for a criterion that races; collective.
 
     Raises:
+        ValueError: when the criterion races and nothing is there to train.
         DistributedError: on all ranks, when outputs are not finite or the ranks do not agree.
     """
     prune, seed = config.prune, config.run.seed
@@ -64,20 +72,22 @@ def run_check(
     if prune.score_only:  # nothing goes, so the last checks would be out of reach of any cap
         cap = max(cap, len(kept_blocks) - target)
     removable = min(cap, len(kept_blocks) - target)
-    scores, order = rank_blocks(measuring(parts, kept_blocks, config, check, examples, removable), removable)
-    swept = time.perf_counter()
+    m = measuring(parts, kept_blocks, config, check, examples, removable)
+    scores, order = rank_blocks(m, removable)
     depths = candidate_depths(len(kept_blocks), target, cap, prune.num_checks - check)
     objective = build_objective(config.model, config.diffusion)
     draws = proxy_draws(objective, prune, seed, check, examples)
     keep_sets = [tuple(blocks_at_depth(kept_blocks, order, depth)) for depth in depths]
     candidates = [measure_candidate(parts, kept, draws, objective, prune, seed, check) for kept in keep_sets]
     proposal = _decide(candidates, prune, check, step, kept_blocks, order, scores) if comm.is_main() else None
+    if proposal is not None:
+        proposal = replace(proposal, race=record)
     fault_points.reach("broadcast")
     decision = PruneDecision.from_json(comm.broadcast_json(None if proposal is None else proposal.to_json()))
     if not decision.score_only:
         decision = replace(decision, cut=recut(decision))
     comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
-    return decision, CheckTimes(swept - start, time.perf_counter() - swept)
+    return decision, CheckTimes(scored - start, time.perf_counter() - ordered, ordered - scored)
 
 
 def rank_blocks(m: Measuring, removals: int) -> tuple[Scores, list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,13 @@ from entprune_ds.engine.resize import next_cut, resize
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
 from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell, watched
+from entprune_ds.importance.measuring import Measuring
+from entprune_ds.importance.parts import Parts
+from entprune_ds.importance.scores import Scores
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
 from entprune_ds.pruning.surgery import narrowed
+from entprune_ds.race import hold_race
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
 from entprune_ds.run_view import log_step, sample_grid, validate
 
@@ -132,11 +137,15 @@ def prune_check(run: Run) -> None:
     parts = ShardedView(engine, "weight", getattr(torch, config.score.dtype))
     decision, times = run_check(
         parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
-        recut=lambda d: next_cut(engine, config, narrowed(engine.model_config, d.kept_blocks, d.narrow)),
+        recut=lambda d: next_cut(run.engine, config, narrowed(run.engine.model_config, d.kept_blocks, d.narrow)),
+        hold_race=lambda m, scores: held_race(run, m, scores),
     )  # fmt: skip
     del parts
+    engine = run.engine  # a race may have built it anew
     record_decision(run, decision)
     run.monitor.log(run.step, {"prune/score_seconds": times.score, "prune/vote_seconds": times.vote})
+    if decision.race:
+        run.monitor.log(run.step, {"prune/race_seconds": times.race})
     narrower = f"; made narrower: {list(decision.narrow)}" if decision.narrow else ""
     log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
     if decision.score_only or not decision.removes:
@@ -156,6 +165,12 @@ def prune_check(run: Run) -> None:
     validate(run)
     sample_grid(run, f"check_{check}_after")
     run.started = time.monotonic()
+
+
+def held_race(run: Run, m: Measuring, scores: Scores) -> tuple[Scores, dict[str, Any], Parts]:
+    """A recovery race from the state of the run, which goes on with the engine that it leaves. Collective."""
+    found, run.engine = hold_race(run.engine, m, scores, run.step)
+    return found.scores, found.record, ShardedView(run.engine, "weight", m.parts.dtype)
 
 
 def examples_of(config: Config, check: int) -> Examples:

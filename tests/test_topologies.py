@@ -12,6 +12,7 @@ from tests.ranks import ROOT, run_ranks
 from tests.test_distill import tiny_teacher
 from tests.test_training import losses, words
 
+RACE = ["race.budget=1", "race.validation_draws=16", "race.candidates=2"]
 METHODS = {
     "training fp32": [],
     "training bf16": [],
@@ -23,6 +24,7 @@ METHODS = {
     "criterion explicit": ["prune.criterion=explicit", "prune.explicit_order=[1,2]"],
     "criterion learned": ["prune.criterion=learned", "learned.steps=3", "learned.batch_size=8"],
     "criterion combined": ["prune.criterion=combined", "prune.combined=[taylor:1,random:1]"],
+    "criterion recovery_race": ["prune.criterion=recovery_race", *RACE],
     "vote by NTK alone": ["prune.vote_weights=[1,0]"],
     "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
     "greedy scores and branches": ["score.mode=greedy", "score.unit=attention"],

@@ -51,6 +51,8 @@ class Criterion:
     """Whether the order depends on the scores of a sweep."""
     needs_entropy: bool = False
     """Whether the order depends on an entropy, which needs spread in nearly every output element."""
+    races: bool = False
+    """Whether a recovery race, which trains, gives it its scores."""
 
 
 def removal_order(
@@ -208,5 +210,6 @@ CRITERIA: dict[str, Criterion] = {
     "diff_pruning": Criterion(lowest_score_first("diff_pruning"), measure_diff_pruning),
     "learned": Criterion(by_learned_gates, measure_learned),
     "combined": Criterion(rank_average),
+    "recovery_race": Criterion(lowest_score_first("recovery_race"), needs_sweep=True, races=True),
 }
 CRITERIA_NEED_SWEEP = frozenset(name for name, criterion in CRITERIA.items() if criterion.needs_sweep)

@@ -7,6 +7,7 @@ import math
 from . import plots, tables
 from .html import Markup, figure, table, tag
 from .numbers import MISSING, block_ranges, blocks_text, sensible, with_error
+from .race_section import race_section
 from .records import Candidate, Decision
 
 
@@ -24,6 +25,7 @@ def decision_section(decision: Decision, original_depth: int) -> Markup:
         tag("p", told_apart, class_="soft") if told_apart else None,
         figure(plots.vote(decision), f"Vote of check {decision.check}"),
         _vote(decision),
+        race_section(decision.race),
         _scores(decision),
         tag("p", f"Digest of the decision: {decision.digest}", class_="soft") if decision.digest else None,
     )

@@ -46,6 +46,26 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class RaceRound:
+    """Candidates of one round and their losses; NaN where a loss was not finite."""
+
+    steps: int
+    losses: dict[tuple[int, ...], float]
+    """By keep-set."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """A recovery race."""
+
+    winner: tuple[int, ...]
+    rounds: tuple[RaceRound, ...]
+    origins: dict[tuple[int, ...], str]
+    """Where each keep-set comes from."""
+    share_of_run: float
+
+
+@dataclass(frozen=True)
 class Decision:
     """One pruning check as recorded in decisions.jsonl."""
 
@@ -63,6 +83,8 @@ class Decision:
     reason: str
     score_only: bool
     digest: str
+    race: Race | None = None
+    """criterion=recovery_race, where there was something to choose."""
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -106,6 +128,7 @@ def decision_of(row: Mapping[str, Any]) -> Decision:
         reason=str(row.get("reason", "")),
         score_only=row.get("score_only") is True,
         digest=str(row.get("digest", "")),
+        race=_race(_object(row["race"])) if row.get("race") else None,
     )
 
 
@@ -161,6 +184,18 @@ def _candidate(row: Mapping[str, Any]) -> Candidate:
     names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total")
     values = {name: _number(row, name) for name in names}
     return Candidate(depth=_integer(row, "depth"), kept_blocks=_blocks(row, "kept_blocks", []), **values)
+
+
+def _race(row: Mapping[str, Any]) -> Race:
+    rounds = []
+    for of_round in map(_object, _list(row, "rounds")):
+        losses = map(_object, _list(of_round, "losses"))
+        rounds.append(
+            RaceRound(_integer(of_round, "steps"), {_blocks(c, "kept_blocks"): _number(c, "loss") for c in losses})
+        )
+    entered = map(_object, _list(row, "candidates"))
+    origins = {_blocks(c, "kept_blocks"): str(c.get("origin", "")) for c in entered}
+    return Race(_blocks(row, "winner"), tuple(rounds), origins, number(row, "share_of_run"))
 
 
 def _number(row: Any, key: str) -> float:

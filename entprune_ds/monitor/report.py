@@ -31,6 +31,7 @@ MEANINGS = {
     "random": "seeded random order",
     "every_other": "evenly spaced blocks go",
     "explicit": "the order is given in the config",
+    "recovery_race": "keep-sets recover for a few steps each, and what the best of them lacks goes first",
 }
 
 

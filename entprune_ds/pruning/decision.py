@@ -9,7 +9,7 @@ from typing import Any
 from entprune_ds.config import digest as digest_of
 from entprune_ds.pruning.surgery import Narrowing
 
-LATER: dict[str, Any] = {"cut": None, "narrow": {}}
+LATER: dict[str, Any] = {"cut": None, "narrow": {}, "race": {}}
 """Fields that older records do not have, and their empty values."""
 
 
@@ -47,13 +47,16 @@ class PruneDecision:
     """Blocks per pipeline stage from now on; None without a pipeline."""
     narrow: dict[int, Narrowing] = field(default_factory=dict)
     """Attention heads and MLP channels that stay, by block; blocks that are not named stay as wide as they are."""
+    race: dict[str, Any] = field(default_factory=dict)
+    """criterion=recovery_race: candidates {"kept_blocks", "origin"}, rounds {"steps", "losses"}, winner, executor,
+    batch_size, share_of_run; empty where nothing raced."""
 
     def __post_init__(self) -> None:
         for name in ("kept_before", "dropped", "kept_blocks", "order"):
             object.__setattr__(self, name, tuple(int(b) for b in getattr(self, name)))
         if self.cut is not None:
             object.__setattr__(self, "cut", tuple(int(count) for count in self.cut))
-        for name in ("scores", "candidates"):
+        for name in ("scores", "candidates", "race"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         object.__setattr__(self, "narrow", {int(b): Narrowing(**_fields(n)) for b, n in sorted(self.narrow.items())})
         before = list(self.kept_before)
