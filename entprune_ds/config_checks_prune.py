@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from entprune_ds.config_methods import METHODS
 from entprune_ds.config_schema import Config
 
 CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit")
@@ -28,11 +29,17 @@ def pruning_problems(config: Config) -> list[str]:
         got = getattr(prune, key)
         if got is not None and got < least:
             found.append(f"`prune.{key}` must be at least {least}, got {got}.")
-    if min(prune.vote_weights) < 0 or sum(prune.vote_weights) <= 0:
-        found.append(f"`prune.vote_weights` must be at least 0 and not both 0, got {list(prune.vote_weights)}.")
+    weights = prune.vote_weights
+    if len(weights) != 3:
+        message = f"`prune.vote_weights` must be 3 numbers (NTK, ZiCo, step time), got {list(weights)}. "
+        found.append(message + "Write 0 for what has no vote, e.g. [1,1,0].")
+    elif min(weights) < 0 or sum(weights) <= 0:
+        found.append(f"`prune.vote_weights` must be at least 0 and not all 0, got {list(weights)}.")
     if prune.vote_tolerance < 0:
         found.append(f"`prune.vote_tolerance` must be at least 0, got {prune.vote_tolerance}.")
-    found += _score_problems(config)
+    found += [*_score_problems(config), *_waiting_problems(config)]
+    if prune.method and prune.method not in METHODS:
+        found.append(f"`prune.method` must be empty or one of {', '.join(METHODS)}, got {prune.method}.")
     if prune.target_depth is None or found:
         return found
     if not 1 <= prune.target_depth < depth:
@@ -61,7 +68,38 @@ def pruning_problems(config: Config) -> list[str]:
         if len(set(order)) != len(order) or not set(order) <= set(config.model.blocks) or len(order) < to_remove:
             message = f"`prune.explicit_order` must list at least {to_remove} different present blocks, "
             found.append(message + f"got {list(order)}.")
+    return found + _protected_problems(config)
+
+
+def _waiting_problems(config: Config) -> list[str]:
+    """Values of what a check may wait for."""
+    prune, found = config.prune, []
+    for key in ("min_steps_between", "recovery_tolerance"):
+        got = getattr(prune, key)
+        if got is not None and got < 0:
+            found.append(f"`prune.{key}` must be at least 0, got {got}.")
+    if prune.recovery_tolerance is not None and not config.train.validate_every:
+        message = "`prune.recovery_tolerance` looks at the validation loss, but `train.validate_every` is 0. "
+        found.append(message + "Set that, or prune.recovery_tolerance=null.")
     return found
+
+
+def _protected_problems(config: Config) -> list[str]:
+    """Protected blocks that are not there, or leave too few to be removed."""
+    prune, blocks = config.prune, config.model.blocks
+    unknown = [b for b in prune.protected_blocks if b not in blocks and not -len(blocks) <= b < 0]
+    if unknown:
+        message = f"`prune.protected_blocks` names {unknown}, but the model has blocks {list(blocks)}. "
+        return [message + "Take them out; -1 is the last block."]
+    protected = sorted({blocks[b] if b < 0 else b for b in prune.protected_blocks})
+    if len(protected) > (prune.target_depth or 0):
+        message = f"`prune.protected_blocks` keeps {len(protected)} of {len(blocks)} blocks for good, more than "
+        message += f"`prune.target_depth` ({prune.target_depth}). Protect fewer, or raise prune.target_depth."
+        return [message]
+    both = [b for b in prune.explicit_order if b in protected] if prune.criterion == "explicit" else []
+    if both:
+        return [f"`prune.explicit_order` removes {both}, which `prune.protected_blocks` keeps. Take them out of one."]
+    return []
 
 
 def _score_problems(config: Config) -> list[str]:
@@ -70,7 +108,10 @@ def _score_problems(config: Config) -> list[str]:
     for key, least in dict(draws=2, batch_size=1).items():
         if getattr(score, key) < least:
             found.append(f"`score.{key}` must be at least {least}, got {getattr(score, key)}.")
-    for key, known in dict(dtype=("float32", "float64"), sweep=("always", "needed")).items():
+    for key, known in dict(dtype=("float32", "float64"), sweep=("always", "needed"), weights=("raw", "ema")).items():
         if getattr(score, key) not in known:
             found.append(f"`score.{key}` must be one of {', '.join(known)}, got {getattr(score, key)}.")
+    unknown = [name for name in score.criteria if name not in CRITERIA]
+    if unknown:
+        found.append(f"`score.criteria` must be among {', '.join(CRITERIA)}, got {', '.join(unknown)}.")
     return found

@@ -13,6 +13,7 @@ from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.interop.weights import starting_problems
+from entprune_ds.pruning.schedule import schedule_problem
 from entprune_ds.rollback import rollback_pending, rollback_problem
 
 CHECKSUM_LIMIT = 2**30
@@ -27,7 +28,8 @@ FREE_KEYS = (
     "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch",
     "data.max_skipped", "data.allow_pipe", "model.weights", "model.compile", "model.activation_checkpointing",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.validation_draws", "prune.rollback",
+    "train.validate_every", "train.validation_draws", "prune.rollback", "prune.method", "score.criteria",
+    "score.weights", "score.out",
 )  # fmt: skip
 
 
@@ -54,6 +56,12 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
         found.append(message + f"got {config.score.batch_size}.")
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
+    if (problem := schedule_problem(config)) is not None:
+        found.append(problem)
+    waits = prune.target_depth is not None and prune.recovery_tolerance is not None
+    if waits and config.data.shards and not validation_spec(config):
+        message = "`prune.recovery_tolerance` looks at the validation loss, but there is no validation data. Set "
+        found.append(message + "data.val_shards, or prune.recovery_tolerance=null.")
     if config.data.shards or data_needed:
         found += _data_problems(config)
     resuming = bool(step_folders(config.run_dir / "checkpoints"))

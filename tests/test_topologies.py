@@ -20,8 +20,9 @@ METHODS = {
     "regrow_micro_batch": ["prune.regrow_micro_batch=true"],
     "park=device": ["resize.park=device"],
     "criterion explicit": ["prune.criterion=explicit", "prune.explicit_order=[1,2]"],
-    "vote by NTK alone": ["prune.vote_weights=[1,0]"],
-    "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
+    "vote by NTK alone": ["prune.vote_weights=[1,0,0]"],
+    "vote by ZiCo alone": ["prune.vote_weights=[0,1,0]"],
+    "vote with step time": ["prune.vote_weights=[1,0.5,0.5]"],
     "gradient-flow soft pruning": ["prune.criterion=gradient_flow"],
     "distillation from a teacher": ["recovery.teacher=runs/base"],
 }
