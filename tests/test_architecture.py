@@ -36,6 +36,7 @@ FLOORS = (
     ("data", "interop", "engine", "monitor", "evaluation"),
     (
         "coordinator",
+        "replay",
         "estimate",
         "estimate_resize",
         "faults",

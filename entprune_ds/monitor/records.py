@@ -39,6 +39,9 @@ class Candidate:
     zico_rank: float
     total: float
     """Weighted rank sum, lower wins."""
+    step_seconds: float = math.nan
+    """Time of an optimizer step, lower is better; NaN where it had no vote."""
+    time_rank: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Decision:
     reason: str
     score_only: bool
     digest: str
+    held: str = ""
+    """Why the check had to wait; empty when it was free to choose."""
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -102,6 +107,7 @@ def decision_of(row: Mapping[str, Any]) -> Decision:
         reason=str(row.get("reason", "")),
         score_only=row.get("score_only") is True,
         digest=str(row.get("digest", "")),
+        held=str(row.get("held", "")),
     )
 
 
@@ -152,7 +158,7 @@ def _score(row: Any) -> Score:
 
 
 def _candidate(row: Mapping[str, Any]) -> Candidate:
-    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total")
+    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total", "step_seconds", "time_rank")
     values = {name: _number(row, name) for name in names}
     return Candidate(depth=_integer(row, "depth"), kept_blocks=_blocks(row, "kept_blocks", []), **values)
 
