@@ -63,7 +63,7 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
         message = "`prune.recovery_tolerance` looks at the validation loss, but there is no validation data. Set "
         found.append(message + "data.val_shards, or prune.recovery_tolerance=null.")
     if config.data.shards or data_needed:
-        found += _data_problems(config)
+        found += data_problems(config)
     resuming = bool(step_folders(config.run_dir / "checkpoints"))
     if config.model.weights and not resuming:
         found += starting_problems(config.model, config.diffusion, Path(config.model.weights))
@@ -81,7 +81,7 @@ def validation_spec(config: Config) -> str:
     return config.data.val_shards or (str(beside) if (beside / "index.json").is_file() else "")
 
 
-def _data_problems(config: Config) -> list[str]:
+def data_problems(config: Config) -> list[str]:
     if not config.data.shards:
         return [
             "`data.shards` is empty. Give a folder written by `entprune-ds shards`, e.g. data.shards=data_digits/train."

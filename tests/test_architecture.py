@@ -37,6 +37,7 @@ FLOORS = (
     (
         "coordinator",
         "replay",
+        "scoring",
         "estimate",
         "estimate_resize",
         "faults",

@@ -398,7 +398,7 @@ def test_figures_of_nothing_are_none():
 
 
 def test_scores_are_standardised_within_a_check_and_gaps_stay_gaps():
-    grid = plots._standardised(np.array([[1.0, 3.0, np.nan], [5.0, 5.0, 5.0]]))
+    grid = plots.standardised(np.array([[1.0, 3.0, np.nan], [5.0, 5.0, 5.0]]))
     np.testing.assert_array_equal(grid, [[-1, 1, np.nan], [0, 0, 0]])
     steps, values = style.averaged([0, 1, 2, 3], [1.0, 3.0, math.nan, 4.0], 2)
     assert steps == [0.5, 2.5] and values[0] == 2.0 and math.isnan(values[1])

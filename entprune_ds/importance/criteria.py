@@ -46,6 +46,8 @@ class Criterion:
     """Whether the order depends on the scores of a sweep."""
     needs_entropy: bool = False
     """Whether the order depends on an entropy, which needs spread in nearly every output element."""
+    races: bool = False
+    """Whether a recovery race, which trains, gives it its scores."""
 
 
 def removal_order(

@@ -95,7 +95,7 @@ def score_heat_map(decisions: Sequence[Decision], criterion: str) -> Figure | No
     width = min(max(3.2 + 0.42 * len(blocks), 5.5), 8.4)
     figure, axes = one_panel(width, 1.25 + 0.34 * len(checks))
     axes.set_facecolor(PALE)
-    standard = _standardised(grid)
+    standard = standardised(grid)
     shown = axes.imshow(np.ma.masked_invalid(standard), cmap="cividis", vmin=-2, vmax=2, aspect="auto")
     for row, decision in enumerate(checks):
         for column, block in enumerate(blocks):
@@ -118,7 +118,7 @@ def score_heat_map(decisions: Sequence[Decision], criterion: str) -> Figure | No
     return figure
 
 
-def _standardised(grid: np.ndarray) -> np.ndarray:
+def standardised(grid: np.ndarray) -> np.ndarray:
     """Each row minus its mean, over its standard deviation; NaN stays NaN, a row of equal values becomes 0."""
     spread = np.nanstd(grid, axis=1, keepdims=True)
     return (grid - np.nanmean(grid, axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)

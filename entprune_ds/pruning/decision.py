@@ -58,7 +58,7 @@ class PruneDecision:
         if self.cut is not None:
             object.__setattr__(self, "cut", tuple(int(count) for count in self.cut))
         for name in ("scores", "candidates", "state"):
-            object.__setattr__(self, name, _plain(getattr(self, name)))
+            object.__setattr__(self, name, plain(getattr(self, name)))
         object.__setattr__(self, "narrow", {int(b): Narrowing(**_fields(n)) for b, n in sorted(self.narrow.items())})
         before = list(self.kept_before)
         ranked = sorted(self.order) == before or (not self.order and not self.dropped)
@@ -91,12 +91,12 @@ class PruneDecision:
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of all fields; without those of LATER where they are empty."""
-        values = _plain(asdict(self))
+        values = plain(asdict(self))
         return digest_of({k: v for k, v in values.items() if k not in LATER or v != LATER[k]})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values of one line of decisions.jsonl, the digest last."""
-        return _plain(asdict(self)) | {"digest": self.digest}
+        return plain(asdict(self)) | {"digest": self.digest}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> PruneDecision:
@@ -123,12 +123,12 @@ def _fields(stays: Narrowing | dict[str, Any]) -> dict[str, Any]:
     return stays if isinstance(stays, dict) else vars(stays)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON values: keys become text, tuples lists, NaN and infinities None."""
     if isinstance(value, dict):
-        return {str(key): _plain(v) for key, v in value.items()}
+        return {str(key): plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

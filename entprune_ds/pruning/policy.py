@@ -7,7 +7,7 @@ either looks at is stored with the decision (`PruneDecision.state`, scores, cand
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from entprune_ds.config import Config
@@ -203,9 +203,9 @@ def state_from(decision: PruneDecision) -> CheckState | None:
     if not decision.state:
         return None
     stored: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in decision.state.items()}
-    names = {f.name for f in fields(CheckState)} - set(OF_DECISION)
-    if set(stored) != names:
-        wrong = ", ".join(sorted(set(stored) ^ names))
+    known = {f.name: f.default is MISSING for f in fields(CheckState) if f.name not in OF_DECISION}
+    wrong = ", ".join(sorted(set(stored) - set(known) | {n for n, needed in known.items() if needed} - set(stored)))
+    if wrong:
         raise ValueError(f"the state of check {decision.check} has missing or unknown fields: {wrong}.")
     stored |= {name: getattr(decision, name) for name in OF_DECISION if name != "kept_blocks"}
     stored |= {"kept_blocks": decision.kept_before, "validations": tuple(validations_from(stored["validations"]))}
