@@ -57,7 +57,7 @@ def bars(scores: Scores) -> Figure | None:
         return None
     rows = -(-len(scores) // PANEL_COLUMNS)
     figure = Figure(figsize=(8.4, 0.4 + 1.55 * rows), layout="constrained")
-    panels = figure.subplots(rows, PANEL_COLUMNS, squeeze=False).flat
+    panels = list(figure.subplots(rows, PANEL_COLUMNS, squeeze=False).flat)
     for axes, (name, found) in zip(panels, scores.items(), strict=False):
         present = [b for b in blocks if math.isfinite(found.get(b, (math.nan, math.nan))[0])]
         errors = [e if math.isfinite(e) else 0.0 for e in (found[b][1] for b in present)]
@@ -68,7 +68,7 @@ def bars(scores: Scores) -> Figure | None:
         axes.set_xticks(range(0, len(blocks), step), [str(b) for b in blocks[::step]])
         axes.set_title(label(name))
         axes.grid(axis="x", visible=False)
-    for axes in list(panels):
+    for axes in panels[len(scores) :]:
         axes.set_visible(False)
     figure.supxlabel("block (original index)", fontsize=9, color="#374151")
     return figure
