@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from entprune_ds.pruning.policy import CheckState, candidates_from, propose, sta
 
 BESIDE = tuple(name for name in LATER if name not in ("held", "state"))
 """Fields that do not follow from scores and proxies: a pipeline's cut rests on measured times, widths on gates."""
+
+FIELDS = tuple(field.name for field in fields(PruneDecision))
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def _once_more(decision: PruneDecision, earlier: Sequence[PruneDecision]) -> Rep
         return Replayed(decision, (*found, f"it cannot be made again: {problem}"))
     again = replace(again, **{name: getattr(decision, name) for name in BESIDE})
     recorded, made = decision.to_json(), again.to_json()
-    found += [f"{key} is {recorded[key]}, made again {made[key]}" for key in made if recorded[key] != made[key]]
+    found += [f"{key} is {recorded[key]}, made again {made[key]}" for key in FIELDS if recorded[key] != made[key]]
     return Replayed(decision, tuple(found))
 
 

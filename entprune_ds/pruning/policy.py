@@ -121,7 +121,7 @@ def open_depths(state: CheckState) -> Choice:
             f"check {state.check}: blocks {protected} are protected, more than the target depth {state.target_depth}. "
             "Nothing was removed. Take some out of `prune.protected_blocks`, or raise `prune.target_depth`."
         )
-    gap, to_remove = state.min_steps_between, state.depth - state.target_depth
+    gap, to_remove = 0 if state.score_only else state.min_steps_between, state.depth - state.target_depth
     if_kept = 1 + usable_checks(state.later_checks, state.last_removal, gap)
     if_removed = usable_checks(state.later_checks, state.step, gap)
     depths = candidate_depths(state.depth, state.target_depth, state.cap, if_kept, if_removed)
