@@ -34,8 +34,8 @@ class PruneConfig:
     """Fixed batches of the ZiCo score."""
     zico_batch_size: int = 16
     """Examples per ZiCo batch."""
-    vote_weights: tuple[float, float] = (1.0, 1.0)
-    """Weights of the NTK rank and of the ZiCo rank in the vote."""
+    vote_weights: tuple[float, ...] = (1.0, 1.0, 0.0)
+    """Weights of the NTK rank, the ZiCo rank and the rank of the step time, which is measured only if it votes."""
     vote_tolerance: float = 0.01
     """Relative difference below which two candidate depths tie."""
     score_only: bool = False
@@ -44,6 +44,15 @@ class PruneConfig:
     """Use the memory that removals free: larger micro-batches and fewer accumulation steps at the same global batch."""
     rollback: str = ""
     """Go back to the checkpoint before a removal, e.g. step_400, once; the other prune.* settings may then change."""
+    method: str = ""
+    """Defaults of a whole method, under what is set beside it: entpruner, gradient_flow or race; empty: none."""
+    protected_blocks: tuple[int, ...] = ()
+    """Blocks that never go, by original index; negative ones count from the end: [0,-1] are the first and the last."""
+    min_steps_between: int = 0
+    """Steps from one removal to the next; a check before that removes nothing, and the others make up for it."""
+    recovery_tolerance: float | None = None
+    """A check removes nothing, unless the cap forces it, while the validation loss lies more than this share above
+    its trend from before the last removal, e.g. 0.05; null does not look at it."""
 
     @property
     def combined_weights(self) -> dict[str, float]:
@@ -108,6 +117,12 @@ class ScoreConfig:
     """taylor: chosen t in [0, 1) (t of SiT, timestep / 1000 of DiT); empty draws t as training does."""
     diff_pruning_threshold: float = 0.05
     """diff_pruning: gradients count at those t whose loss is above this share of the largest loss of all t."""
+    criteria: tuple[str, ...] = ()
+    """`entprune-ds score`: criteria to measure; empty means all."""
+    weights: str = "raw"
+    """`entprune-ds score`: of a run or a checkpoint, the raw training weights, as checks do, or the ema ones."""
+    out: str = ""
+    """`entprune-ds score`: folder to write; empty: `scores` in the run folder, or here."""
 
     @property
     def cells(self) -> int:

@@ -14,6 +14,7 @@ from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
 from entprune_ds.importance.stack_memory import stack_problem
 from entprune_ds.interop.weights import starting_problems
+from entprune_ds.pruning.schedule import schedule_problem
 from entprune_ds.rollback import rollback_pending, rollback_problem
 from entprune_ds.teacher import teacher_problems
 
@@ -30,6 +31,7 @@ FREE_KEYS = (
     "data.max_skipped", "data.allow_pipe", "model.weights", "model.compile", "model.activation_checkpointing",
     "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws", "prune.rollback", "distill.teacher", "distill.placement",
+    "prune.method", "score.criteria", "score.weights", "score.out",
 )  # fmt: skip
 
 
@@ -56,8 +58,14 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
         found.append(message + f"got {config.score.batch_size}.")
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
+    if (problem := schedule_problem(config)) is not None:
+        found.append(problem)
+    waits = prune.target_depth is not None and prune.recovery_tolerance is not None
+    if waits and config.data.shards and not validation_spec(config):
+        message = "`prune.recovery_tolerance` looks at the validation loss, but there is no validation data. Set "
+        found.append(message + "data.val_shards, or prune.recovery_tolerance=null.")
     if config.data.shards or data_needed:
-        found += _data_problems(config)
+        found += data_problems(config)
     resuming = bool(step_folders(config.run_dir / "checkpoints"))
     if config.model.weights and not resuming:
         found += starting_problems(config.model, config.diffusion, Path(config.model.weights))
@@ -95,7 +103,7 @@ def validation_spec(config: Config) -> str:
     return config.data.val_shards or (str(beside) if (beside / "index.json").is_file() else "")
 
 
-def _data_problems(config: Config) -> list[str]:
+def data_problems(config: Config) -> list[str]:
     if not config.data.shards:
         return [
             "`data.shards` is empty. Give a folder written by `entprune-ds shards`, e.g. data.shards=data_digits/train."

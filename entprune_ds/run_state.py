@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from entprune_ds.monitor.metrics import metrics_size, open_monitor, rewind_metri
 from entprune_ds.preflight import validation_spec
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.schedule import planned_checks
+from entprune_ds.pruning.trend import Validation, validations_from
 from entprune_ds.recovery import PlainRecovery, Recovery, open_recovery
 from entprune_ds.rollback import roll_back, rollback_done
 
@@ -68,6 +70,13 @@ class Run:
     """Step and depth of the newest validation."""
     recovery: Recovery = field(default_factory=PlainRecovery)
     """How the loop trains: alone or with a teacher."""
+    validations: list[Validation] = field(default_factory=list)
+    """Validation losses of the training weights so far."""
+
+    @property
+    def last_removal(self) -> int | None:
+        """Step of the last removal; None before any."""
+        return max((d.step for d in self.decisions if d.removes and not d.score_only), default=None)
 
     @property
     def objective(self) -> Objective:
@@ -87,7 +96,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     model_config = config.model if found is None else found.model(config.model)
     engine = build_engine(config, model_config, *saved_cut(config, found))
     stream = open_stream(config, engine)
-    step, decisions, metrics_bytes = 0, [], 0  # a run from the start keeps no earlier line
+    step, decisions, metrics_bytes, validations = 0, [], 0, []  # a run from the start keeps no earlier line
     if found is not None:
         load_checkpoint(engine, found)
         step, record = found.step, found.manifest["record"]
@@ -96,7 +105,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
         except ValueError as problem:  # the same on all ranks
             raise comm.DistributedError(f"{found.folder}: {problem}") from problem
         decisions = [PruneDecision.from_json(d) for d in record["decisions"]]
-        metrics_bytes = record.get("metrics_bytes")
+        metrics_bytes, validations = record.get("metrics_bytes"), validations_from(record.get("validations", []))
         log.info("resumed from %s: step %d, depth %d", found.folder, step, engine.depth)
         before = record["config"]["model"]["weights"]
         if config.model.weights != before:
@@ -110,7 +119,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     monitor = open_folder(config, arguments, step, decisions, metrics_bytes)
     run = Run(config, engine, stream, monitor, step=step, decisions=decisions, checks=planned_checks(config))
     run.saved = step if found is not None else -1
-    run.validation = validation_draws(config)
+    run.validation, run.validations = validation_draws(config), validations
     run.recovery = open_recovery(config, engine, {} if found is None else found.manifest["record"])
     return run
 
@@ -243,6 +252,7 @@ def checkpoint(run: Run) -> None:
         "config": to_stored(run.config),
         "metrics_bytes": metrics_size(run.folder),
         "teacher": run.recovery.digest,
+        "validations": [[step, size, v if math.isfinite(v) else None] for step, size, v in run.validations],
     }
     root = run.folder / "checkpoints"
     save_checkpoint(run.engine, root, run.step, record)

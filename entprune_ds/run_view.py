@@ -55,6 +55,8 @@ def validate(run: Run) -> None:
         f"train/validation_loss{suffix}": validation_loss(ShardedView(run.engine, key), run.validation, run.objective)
         for key, suffix in (("weight", ""), ("ema", "_ema"))
     }
+    size = sum(math.prod(shape) for shape in run.engine.shapes.values())
+    run.validations.append((run.step, size, values["train/validation_loss"]))
     run.monitor.log(run.step, values | {"train/depth": run.engine.depth})
     log.info("step %d: validation loss %.5f, EMA %.5f", run.step, *values.values())
 

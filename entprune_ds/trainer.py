@@ -11,12 +11,13 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.config import Config
-from entprune_ds.coordinator import Examples, run_check
+from entprune_ds.coordinator import Examples, History, run_check
 from entprune_ds.data.latents import Batch
 from entprune_ds.data.stream import Stream
 from entprune_ds.diffusion.objective import Draws
 from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import next_cut, resize
+from entprune_ds.engine.step_time import step_timer
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
 from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell, watched
@@ -134,11 +135,15 @@ def prune_check(run: Run) -> None:
     log.info(
         "check %d (%d in all, from 0) at step %d: scoring %d blocks", check, len(run.checks), run.step, engine.depth
     )
+    if config.prune.recovery_tolerance is not None:
+        validate(run)
     parts = ShardedView(engine, "weight", getattr(torch, config.score.dtype))
     decision, times = run_check(
         parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
         recut=lambda d: next_cut(run.engine, config, narrowed(run.engine.model_config, d.kept_blocks, d.narrow)),
         hold_race=lambda m, scores: held_race(run, m, scores),
+        history=History(run.last_removal, tuple(run.validations)),
+        step_seconds=step_timer(engine, config),
     )  # fmt: skip
     del parts
     engine = run.engine  # a race may have built it anew

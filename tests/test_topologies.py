@@ -25,9 +25,10 @@ METHODS = {
     "criterion learned": ["prune.criterion=learned", "learned.steps=3", "learned.batch_size=8"],
     "criterion combined": ["prune.criterion=combined", "prune.combined=[taylor:1,random:1]"],
     "criterion recovery_race": ["prune.criterion=recovery_race", *RACE],
-    "vote by NTK alone": ["prune.vote_weights=[1,0]"],
-    "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
     "greedy scores and branches": ["score.mode=greedy", "score.unit=attention"],
+    "vote by NTK alone": ["prune.vote_weights=[1,0,0]"],
+    "vote by ZiCo alone": ["prune.vote_weights=[0,1,0]"],
+    "vote with step time": ["prune.vote_weights=[1,0.5,0.5]"],
     "gradient-flow soft pruning": ["prune.criterion=gradient_flow"],
     "distillation from a teacher": ["distill.kind=features", "distill.feature_weight=1"],
 }

@@ -43,6 +43,9 @@ class Candidate:
     zico_rank: float
     total: float
     """Weighted rank sum, lower wins."""
+    step_seconds: float = math.nan
+    """Time of an optimizer step, lower is better; NaN where it had no vote."""
+    time_rank: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Decision:
     digest: str
     race: Race | None = None
     """criterion=recovery_race, where there was something to choose."""
+    held: str = ""
+    """Why the check had to wait; empty when it was free to choose."""
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -129,6 +134,7 @@ def decision_of(row: Mapping[str, Any]) -> Decision:
         score_only=row.get("score_only") is True,
         digest=str(row.get("digest", "")),
         race=_race(_object(row["race"])) if row.get("race") else None,
+        held=str(row.get("held", "")),
     )
 
 
@@ -181,7 +187,7 @@ def _score(row: Any) -> Score:
 
 
 def _candidate(row: Mapping[str, Any]) -> Candidate:
-    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total")
+    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total", "step_seconds", "time_rank")
     values = {name: _number(row, name) for name in names}
     return Candidate(depth=_integer(row, "depth"), kept_blocks=_blocks(row, "kept_blocks", []), **values)
 
