@@ -80,7 +80,8 @@ def _load(words: list[str], folder: Path | None) -> tuple[Config, Source]:
     depth, ranks = len(source.model.blocks), int(os.environ.get("WORLD_SIZE", "1"))
     target = config.prune.target_depth
     target = target if target is not None and 1 <= target < depth else depth // 2
-    config = replace(config, model=replace(source.model, weights=config.model.weights))
+    data = replace(config.data, num_readers=1)  # calibration reads one shard after another
+    config = replace(config, model=replace(source.model, weights=config.model.weights), data=data)
     found = [f"`model.weights`: the model has {depth} block, there is nothing to compare."] if depth < 2 else []
     found = found or problems_of(replace(config, prune=PruneConfig(target_depth=target, num_checks=1)))
     found = found or data_problems(config)
