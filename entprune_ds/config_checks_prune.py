@@ -19,7 +19,7 @@ CRITERIA = (
 SWEEP_CRITERIA = ("ced", "ced_abs", "loss", "mse", "ld_pruner", "flux_lite", "shortgpt")
 """Those whose order depends on the scores of a sweep."""
 NOT_COMBINED = ("combined", "recovery_race")
-"""Criteria that `prune.combined` cannot hold."""
+"""Criteria that `prune.combined` cannot hold: a race judges sets, not blocks."""
 
 
 def pruning_problems(config: Config) -> list[str]:

@@ -195,6 +195,7 @@ def test_scores_are_equal_on_all_ranks_and_equal_to_brute_force(digits, tmp_path
         assert all(r == ranks[0] for r in ranks)
         assert ranks[0]["gathers"] == 4 * 3  # each block once per calibration batch
         assert ("the pruning decision" in ranks[0]["disagreement"]) is (world_size > 1)
+        assert ("the order of removal" in ranks[0]["unsteady"]) is (world_size > 1)
         results.append(ranks[0])
     expected = brute_force(export, digits)
     for result in results:

@@ -111,6 +111,7 @@ def test_an_order_that_is_none_removes_nothing():
         (dict(criterion="combined"), "needs `prune.combined`"),
         (dict(combined=("speed:1",)), "`prune.combined` may hold ced,"),
         (dict(combined=("combined:1",)), "got combined."),
+        (dict(combined=("recovery_race:1",)), "got recovery_race."),
         (dict(combined=("ced",)), "as NAME:WEIGHT, each weight above 0"),
         (dict(combined=("ced:0",)), "got ced:0"),
         (dict(combined=("ced:-1",)), "got ced:-1"),

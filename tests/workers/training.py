@@ -18,7 +18,7 @@ def train(runs: list[list[str]]) -> list[int]:
 def scores(export: str, shards: str, zero_stage: int, out: str, stages: int = 1) -> dict:
     """Block scores of an exported model under ZeRO or on a pipeline, in float64; also the number of gathers.
 
-    At the end what a check says when every rank wants another cut.
+    At the end what a check says when every rank wants another cut, and when a user's criterion orders by the rank.
     """
     from dataclasses import replace
 
@@ -67,6 +67,17 @@ def scores(export: str, shards: str, zero_stage: int, out: str, stages: int = 1)
         result["disagreement"] = ""
     except comm.DistributedError as error:
         result["disagreement"] = str(error)
+    unsteady = Path(f"{out}/unsteady_{comm.rank()}.py")
+    unsteady.write_text(
+        "import os\nfrom entprune_ds.importance.criteria import Criterion\n"
+        "CRITERION = Criterion(lambda r: sorted(r.kept_blocks, reverse=os.environ['RANK'] == '1'))\n"
+    )
+    mine = replace(prune, criterion=str(unsteady), target_depth=2)
+    try:
+        run_check(view, model.blocks, replace(few, prune=mine, score=replace(score, sweep="needed")), 0, 0, 4, examples)
+        result["unsteady"] = ""
+    except comm.DistributedError as error:
+        result["unsteady"] = str(error)
     Path(f"{out}/scores_{comm.rank()}.json").write_text(json.dumps(result))
     return result
 
