@@ -116,11 +116,12 @@ def open_run(config: Config, arguments: list[str]) -> Run:
         log.info("started from %s at depth %d", config.model.weights, engine.depth)
     else:
         initialize_fresh(engine, config.run.seed)
+    recovery = open_recovery(config, engine, {} if found is None else found.manifest["record"])
     monitor = open_folder(config, arguments, step, decisions, metrics_bytes)
     run = Run(config, engine, stream, monitor, step=step, decisions=decisions, checks=planned_checks(config))
+    run.recovery = recovery
     run.saved = step if found is not None else -1
     run.validation, run.validations = validation_draws(config), validations
-    run.recovery = open_recovery(config, engine, {} if found is None else found.manifest["record"])
     return run
 
 

@@ -212,7 +212,8 @@ def test_a_sharded_teacher_says_the_same_to_the_bit_and_is_never_whole(teacher, 
 
 
 def test_a_teacher_that_cannot_teach_is_refused_with_what_differs(teacher, tmp_path):
-    from entprune_ds.teacher import teacher_problems
+    from entprune_ds import comm
+    from entprune_ds.teacher import open_teacher, teacher_problems
 
     config = replace(tiny_config(), distill=DistillConfig(kind="output", teacher=teacher, start=0))
     assert teacher_problems(config) == []
@@ -239,6 +240,11 @@ def test_a_teacher_that_cannot_teach_is_refused_with_what_differs(teacher, tmp_p
     raw = random_source(MODEL)
     raw = str(write_export(tmp_path / "raw", replace(raw, facts=raw.facts | {"weights": "raw"})))
     assert f"distill.teacher={raw}" in problem(model=replace(MODEL, weights=raw), distill=DistillConfig(kind="output"))
+    broken = random_source(MODEL)
+    broken.read("blocks.2.mlp.fc1.bias")[3] = math.nan
+    broken = str(write_export(tmp_path / "broken", broken))
+    with pytest.raises(comm.DistributedError, match=r"1 NaN or infinite values.*blocks\.2\.mlp\.fc1\.bias"):
+        open_teacher(replace(config, distill=replace(config.distill, teacher=broken)), torch.float32)
     from_ema = replace(config, model=replace(MODEL, weights=teacher), distill=DistillConfig(kind="output", start=0))
     assert teacher_problems(from_ema) == []
 
