@@ -6,7 +6,7 @@ import re
 
 from entprune_ds.config_schema import Config
 
-CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit")
+CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit", "gradient_flow")
 
 
 def pruning_problems(config: Config) -> list[str]:
@@ -45,6 +45,8 @@ def pruning_problems(config: Config) -> list[str]:
     if score.draws % score.batch_size or score.draws < 2 * score.batch_size:
         message = "`score.batch_size` must divide `score.draws` into at least 2 groups "
         found.append(message + f"({score.draws}), got {score.batch_size}.")
+    if prune.criterion == "gradient_flow":
+        found += gradient_draw_problems(config)
     end = config.train.num_steps if prune.end_step is None else prune.end_step
     if not 0 <= prune.start_step < end <= config.train.num_steps:
         message = "`prune.start_step` < `prune.end_step` <= `train.num_steps` must hold, got "
@@ -74,3 +76,12 @@ def _score_problems(config: Config) -> list[str]:
         if getattr(score, key) not in known:
             found.append(f"`score.{key}` must be one of {', '.join(known)}, got {getattr(score, key)}.")
     return found
+
+
+def gradient_draw_problems(config: Config) -> list[str]:
+    """Draws of the gradient-flow scores that cannot be split into groups."""
+    draws, size = config.score.gradient_draws, config.score.gradient_batch_size
+    if size >= 1 and draws % size == 0 and draws >= 2 * size:
+        return []
+    message = f"`score.gradient_batch_size` must divide `score.gradient_draws` into at least 2 groups ({draws}), "
+    return [message + f"got {size}."]

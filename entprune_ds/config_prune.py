@@ -10,7 +10,7 @@ class PruneConfig:
     target_depth: int | None = None
     """Blocks that remain at the end; null trains without pruning."""
     criterion: str = "ced"
-    """Which blocks go first: ced, ced_abs, loss, random, every_other or explicit."""
+    """Which blocks go first: ced, ced_abs, loss, random, every_other, explicit or gradient_flow."""
     explicit_order: tuple[int, ...] = ()
     """criterion=explicit: original block indices in the order of removal."""
     num_checks: int = 4
@@ -51,3 +51,7 @@ class ScoreConfig:
     """Precision of the scoring passes: float32 or float64."""
     sweep: str = "always"
     """One-sweep scores at a check: always, for the record; or needed, only where the criterion depends on them."""
+    gradient_draws: int = 64
+    """Draws of the gradient-flow scores; the loss whose squared gradient norm they are about is the mean over them."""
+    gradient_batch_size: int = 16
+    """Draws of the gradient-flow scores that pass a block together over all ranks; a group of their standard errors."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from entprune_ds.importance.gradient_flow import measure_gradient_flow
 from entprune_ds.importance.measuring import Measuring
 from entprune_ds.importance.scores import Scores
 from entprune_ds.rng import generator_for
@@ -100,6 +101,17 @@ def lowest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:
     return order
 
 
+def highest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:
+    """The order of a score that says how much is gained when a block goes."""
+    lowest_first = lowest_score_first(name)
+
+    def order(request: RankingRequest) -> list[int]:
+        lowest_first(request)  # finite scores, or its error
+        return sorted(request.kept_blocks, key=lambda b: (-request.scores[name][b].value, -b))
+
+    return order
+
+
 def random_order(request: RankingRequest) -> list[int]:
     """A random order that is a function of (seed, block) alone, and so the same at every check."""
 
@@ -169,5 +181,6 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion(random_order),
     "every_other": Criterion(every_other),
     "explicit": Criterion(explicit),
+    "gradient_flow": Criterion(highest_score_first("gradient_flow"), measure=measure_gradient_flow),
 }
 CRITERIA_NEED_SWEEP = frozenset(name for name, criterion in CRITERIA.items() if criterion.needs_sweep)
