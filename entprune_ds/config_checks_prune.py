@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from entprune_ds.config_checks_soft import soft_problems
 from entprune_ds.config_schema import Config
 
 CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit", "gradient_flow")
@@ -33,7 +34,10 @@ def pruning_problems(config: Config) -> list[str]:
     if prune.vote_tolerance < 0:
         found.append(f"`prune.vote_tolerance` must be at least 0, got {prune.vote_tolerance}.")
     found += _score_problems(config)
-    if prune.target_depth is None or found:
+    found += soft_problems(config)
+    if config.soft.every and not found:
+        found += gradient_draw_problems(config)
+    if prune.target_depth is None or config.soft.every or found:
         return found
     if not 1 <= prune.target_depth < depth:
         if prune.target_depth < 1:

@@ -59,7 +59,7 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     resuming = bool(step_folders(config.run_dir / "checkpoints"))
     if config.model.weights and not resuming:
         found += starting_problems(config.model, config.diffusion, Path(config.model.weights))
-    entropy = prune.target_depth is not None and CRITERIA[prune.criterion].needs_entropy
+    entropy = prune.target_depth is not None and not config.soft.every and CRITERIA[prune.criterion].needs_entropy
     if entropy and prune.start_step == 0 and not config.model.weights and not resuming:
         message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
         found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
@@ -137,7 +137,14 @@ def _resume_problems(config: Config) -> list[str]:
     if steps < old_steps:
         message = f"`train.num_steps` is {steps}, but {config.run_dir} was started with {old_steps}. "
         found.append(message + "A resume may only raise it.")
-    elif steps > old_steps and config.prune.target_depth and config.prune.end_step is None:
+    elif steps > old_steps and _end_moves(config):
         message = f"`train.num_steps` was raised from {old_steps} to {steps}, which would move the pruning checks. "
         found.append(message + "Finish that run, and start another with its model (model.weights) to train on.")
     return found
+
+
+def _end_moves(config: Config) -> bool:
+    """Whether the end of the pruning follows train.num_steps."""
+    if config.soft.every:
+        return config.soft.end_step is None
+    return config.prune.target_depth is not None and config.prune.end_step is None

@@ -22,9 +22,12 @@ from entprune_ds.export import export_checkpoint
 from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell, watched
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
+from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.surgery import narrowed
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
 from entprune_ds.run_view import log_step, sample_grid, validate
+from entprune_ds.soft_budget import removal_steps
+from entprune_ds.soft_pruning import soft_due, soft_update
 
 log = get_logger()
 
@@ -65,6 +68,8 @@ def loop(run: Run) -> None:
         while run.step < config.train.num_steps:
             if run.step in run.checks and all(d.step != run.step for d in run.decisions):
                 prune_check(run)
+            if soft_due(config, run.soft, run.step):
+                soft_prune(run)
             loss = one_step(run)
             if run.step % config.monitor.log_every == 0:
                 log_step(run, loss, line)
@@ -140,8 +145,30 @@ def prune_check(run: Run) -> None:
     run.monitor.log(run.step, {"prune/score_seconds": times.score, "prune/vote_seconds": times.vote})
     narrower = f"; made narrower: {list(decision.narrow)}" if decision.narrow else ""
     log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
-    if decision.score_only or not decision.removes:
+    if decision.removes and not decision.score_only:
+        carry_out(run, decision)
+
+
+def soft_prune(run: Run) -> None:
+    """Move the mask of soft pruning, and at some updates remove what it has closed."""
+    config, engine, soft = run.config, run.engine, run.soft
+    assert soft is not None  # it is due
+    if run.step in removal_steps(config):
+        checkpoint(run)
+    update = soft_update(engine, config, soft, run.step, examples_of(config, soft.updates))
+    run.monitor.log(run.step, update.metrics)
+    run.started = time.monotonic()
+    if update.decision is None:
         return
+    record_decision(run, update.decision)
+    log.info("soft pruning at step %d: %s", run.step, update.decision.reason)
+    if update.decision.removes:
+        carry_out(run, update.decision)
+
+
+def carry_out(run: Run, decision: PruneDecision) -> None:
+    """Resize to what a decision keeps, between a validation before and one after."""
+    config, engine, check = run.config, run.engine, decision.check
     validate(run)
     sample_grid(run, f"check_{check}_before")
     cursor, dp_size = stream_state(run), engine.dp_size

@@ -22,7 +22,9 @@ METHODS = {
     "criterion explicit": ["prune.criterion=explicit", "prune.explicit_order=[1,2]"],
     "vote by NTK alone": ["prune.vote_weights=[1,0]"],
     "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
-    "gradient-flow soft pruning": ["prune.criterion=gradient_flow"],
+    "gradient-flow soft pruning": [
+        "soft.every=1", "soft.start_step=1", "soft.end_step=5", "soft.removals=2", "soft.eta=0.2", "soft.budget_weight=2",
+    ],  # fmt: skip
     "distillation from a teacher": ["recovery.teacher=runs/base"],
 }
 REFUSALS = {
@@ -30,7 +32,6 @@ REFUSALS = {
     "pipe, zero3": "Set parallel.zero_stage=1, or parallel.pipe_stages=1",
     "compiled blocks": "Set model.compile=false, or choose stage 0, 1 or 2",
     "offload of the optimizer": "or remove offload_optimizer",
-    "gradient-flow soft pruning": "`prune.criterion` must be one of",
     "distillation from a teacher": "`recovery` is not a setting",
     "regrow_micro_batch": "Switch it off, or train without a pipeline",
 }

@@ -45,6 +45,8 @@ class Engine:
     """Blocks per pipeline stage; None without a pipeline."""
     costs: LayerCosts | None = None
     """What the layers of a pipeline cost, when it has been measured."""
+    gates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Gates of soft pruning by original index of the block; see engine.gates."""
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:
