@@ -22,9 +22,7 @@ METHODS = {
     "criterion explicit": ["prune.criterion=explicit", "prune.explicit_order=[1,2]"],
     "vote by NTK alone": ["prune.vote_weights=[1,0]"],
     "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
-    "gradient-flow soft pruning": [
-        "soft.every=1", "soft.start_step=1", "soft.end_step=5", "soft.removals=2", "soft.eta=0.2", "soft.budget_weight=2",
-    ],  # fmt: skip
+    "gradient-flow soft pruning": ["soft.every=1", "soft.start_step=1", "soft.end_step=5", "soft.removals=2"],
     "distillation from a teacher": ["recovery.teacher=runs/base"],
 }
 REFUSALS = {

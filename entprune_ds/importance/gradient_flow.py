@@ -12,14 +12,16 @@ and exactly. A block at a time, never a second backward pass through the whole m
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,7 +98,7 @@ def gradient_flow(
     Raises:
         ValueError: on all ranks, when a number is not finite, naming block and group, or when there is no gradient.
     """
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
+    with _plain_linear(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)  # forward AD of torch compiles some
         inputs = _inputs(parts, kept_blocks, groups)
         losses = [_head_loss(parts, stream, num_draws, loss_fn) for stream in inputs[-1]]
@@ -114,6 +116,17 @@ def gradient_flow(
         b: {name: 2 * len(groups) ** 0.5 * c.std(0) for name, c in of_block.items()} for b, of_block in changes.items()
     }
     return GradientFlow(norm_squared, rise, error)
+
+
+@contextlib.contextmanager
+def _plain_linear() -> Iterator[None]:
+    """At ZeRO-3 DeepSpeed has put a linear layer without forward derivative in place of torch's, process-wide."""
+    given = F.linear
+    F.linear = torch.ops.aten.linear.default
+    try:
+        yield
+    finally:
+        F.linear = given
 
 
 def _inputs(parts: Parts, kept_blocks: Sequence[int], groups: Sequence[Batch]) -> list[list[_Stream]]:
@@ -192,7 +205,7 @@ def _share(whole: Tensor) -> Tensor:
     """This rank's equal part of a flat tensor, padded with zeros."""
     size = -(-len(whole) // comm.world_size())
     part = whole[comm.rank() * size : (comm.rank() + 1) * size]
-    return torch.nn.functional.pad(part, (0, size - len(part))).clone()
+    return F.pad(part, (0, size - len(part))).clone()
 
 
 def _whole(share: Tensor, like: Tensors) -> Tensors:
