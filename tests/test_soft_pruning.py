@@ -67,7 +67,7 @@ def test_a_run_reaches_its_target_and_resumes_exactly(digits, tmp_path):
     decisions = [json.loads(line) for line in (whole / "decisions.jsonl").read_text().splitlines()]
     assert [d["step"] for d in decisions] == [6, 10] and [d["forced"] for d in decisions] == [False, True]
     assert decisions[-1]["narrow"]
-    assert 0.45 < macs_share(whole) <= 0.5
+    assert 0.3 < macs_share(whole) <= 0.5
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     budgets = [row["prune/soft_budget"] for row in rows if "prune/soft_budget" in row]
     assert budgets == pytest.approx([0.5 + 0.5 * (1 - step / 10) ** 3 for step in (2, 4, 6, 8, 10)])

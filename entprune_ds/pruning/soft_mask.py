@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch import Tensor
 from entprune_ds.pruning.folding import Gates
 from entprune_ds.pruning.surgery import Narrowing
 
+EXACT = 1e-9
+"""Relative rounding of sums of shares."""
 KINDS = {"block": "gate", "head": "attn.gate", "channel": "mlp.gate"}
 """Units of the settings, and the gates that carry them."""
 Mask = dict[int, dict[str, Tensor]]
@@ -167,6 +169,18 @@ def updated(mask: Mask, scores: Mask, costs: Costs, budget: float, weight: float
     }
 
 
+class Unit(NamedTuple):
+    """A block, head or channel that can go."""
+
+    mask: float
+    score: float
+    """Standardised."""
+    block: int
+    kind: str
+    """Its gate."""
+    number: int
+
+
 @dataclass(frozen=True)
 class Removal:
     """What goes for good."""
@@ -178,23 +192,43 @@ class Removal:
 
 
 def choose(mask: Mask, scores: Mask, costs: Costs, target: float, threshold: float, final: bool) -> Removal:
-    """The units that go: lowest mask first, below the threshold, at the end as many as the target takes.
+    """The units that go: those below the threshold, weakest first; at the last removal more, until the target is reached.
 
-    Never more than it takes to come to the target; a block keeps its strongest head and channel, the model its
-    strongest block. Ties go to the higher score, then the higher index.
+    Nothing goes once it is. Of the others at the last removal, weakest first, one that would fall below the target is
+    left to the end, where the cheapest that does goes. A block keeps its strongest head and channel, the model its
+    strongest block. Among equal masks the higher score goes first, then the higher index.
     """
     stays = {b: {kind: [True] * m.numel() for kind, m in g.items()} for b, g in mask.items()}
     left = {b: costs.rest + costs.head * h + costs.channel * c for b, (h, c) in costs.widths.items()}
-    for m, _, block, unit, kind in _weakest_first(mask, scores):
-        if sum(left.values()) <= target * (1 + 1e-12) or not (final or m < threshold):
-            break
-        if block not in left or (len(left) == 1 if kind == "gate" else sum(stays[block][kind]) == 1):
-            continue
-        if kind == "gate":
-            del left[block]
+
+    def price(unit: Unit) -> float:
+        return left[unit.block] if unit.kind == "gate" else costs.head if unit.kind == "attn.gate" else costs.channel
+
+    def may_go(unit: Unit) -> bool:
+        if sum(left.values()) <= target * (1 + EXACT) or unit.block not in left:
+            return False
+        return len(left) > 1 if unit.kind == "gate" else sum(stays[unit.block][unit.kind]) > 1
+
+    def remove(unit: Unit) -> None:
+        if unit.kind == "gate":
+            del left[unit.block]
         else:
-            stays[block][kind][unit] = False
-            left[block] -= costs.head if kind == "attn.gate" else costs.channel
+            stays[unit.block][unit.kind][unit.number] = False
+            left[unit.block] -= price(unit)
+
+    units = _weakest_first(mask, scores)
+    for unit in units:
+        if unit.mask < threshold and may_go(unit):
+            remove(unit)
+    too_dear = []
+    for unit in units if final else []:
+        if unit.mask >= threshold and may_go(unit):
+            if sum(left.values()) - price(unit) < target * (1 - EXACT):
+                too_dear.append(unit)
+            else:
+                remove(unit)
+    while candidates := [unit for unit in too_dear if may_go(unit)]:
+        remove(min(candidates, key=price))
     kept, narrow = tuple(sorted(left)), {}
     for block in kept:
         heads, channels = (_indices(stays[block].get(kind)) for kind in ("attn.gate", "mlp.gate"))
@@ -220,14 +254,14 @@ def raised(mask: Mask, removal: Removal, least: float) -> Mask:
     return found
 
 
-def _weakest_first(mask: Mask, scores: Mask) -> list[tuple[float, float, int, int, str]]:
-    """(mask, -score, block, index, gate) of every unit, in the order of removal."""
+def _weakest_first(mask: Mask, scores: Mask) -> list[Unit]:
+    """Every unit, in the order of removal."""
     found = []
     for block, of_block in mask.items():
         for kind, m in of_block.items():
             pairs = zip(m.reshape(-1).tolist(), scores[block][kind].reshape(-1).tolist(), strict=True)
-            found += [(value, -score, -block, -i, kind) for i, (value, score) in enumerate(pairs)]
-    return [(m, z, -block, -unit, kind) for m, z, block, unit, kind in sorted(found)]
+            found += [Unit(value, score, block, kind, i) for i, (value, score) in enumerate(pairs)]
+    return sorted(found, key=lambda unit: (unit.mask, -unit.score, -unit.block, -unit.number))
 
 
 def _indices(stays: list[bool] | None) -> tuple[int, ...] | None:
