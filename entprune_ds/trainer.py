@@ -157,7 +157,7 @@ def soft_prune(run: Run) -> None:
         checkpoint(run)
     update = soft_update(engine, config, soft, run.step, examples_of(config, soft.updates))
     run.monitor.log(run.step, update.metrics)
-    run.started = time.monotonic()
+    run.started, run.validated = time.monotonic(), (-1, -1)  # with other gates it is another model
     if update.decision is None:
         return
     record_decision(run, update.decision)
@@ -181,6 +181,7 @@ def carry_out(run: Run, decision: PruneDecision) -> None:
         plan = ds.train_micro_batch_size_per_gpu(), ds.gradient_accumulation_steps()
         log.info("micro-batch %d x accumulation %d", *plan)
     run.monitor.log(run.step, report.metrics())
+    run.validated = (-1, -1)  # blocks may be narrower at the same depth
     validate(run)
     sample_grid(run, f"check_{check}_after")
     run.started = time.monotonic()
