@@ -7,6 +7,7 @@ from pathlib import Path
 
 from entprune_ds.config_checks_methods import method_problems
 from entprune_ds.config_checks_score import estimator_problems
+from entprune_ds.config_checks_soft import soft_problems
 from entprune_ds.config_methods import METHODS
 from entprune_ds.config_schema import Config
 from entprune_ds.race_plan import race_problems
@@ -14,7 +15,8 @@ from entprune_ds.race_plan import race_problems
 CRITERIA = (
     "ced", "ced_abs", "loss", "random", "every_other", "explicit",
     "mse", "ld_pruner", "flux_lite", "shortgpt",
-    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "learned", "combined", "recovery_race",
+    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "learned", "combined", "gradient_flow",
+    "recovery_race",
 )  # fmt: skip
 SWEEP_CRITERIA = ("ced", "ced_abs", "loss", "mse", "ld_pruner", "flux_lite", "shortgpt")
 """Those whose order depends on the scores of a sweep."""
@@ -49,11 +51,11 @@ def pruning_problems(config: Config) -> list[str]:
     if prune.vote_tolerance < 0:
         found.append(f"`prune.vote_tolerance` must be at least 0, got {prune.vote_tolerance}.")
     found += _score_problems(config) or estimator_problems(config, SWEEP_CRITERIA)
-    found += method_problems(config)
+    found += [*method_problems(config), *soft_problems(config)]
     found += _waiting_problems(config)
     if prune.method and prune.method not in METHODS:
         found.append(f"`prune.method` must be empty or one of {', '.join(METHODS)}, got {prune.method}.")
-    if prune.target_depth is None or found:
+    if prune.target_depth is None or config.soft.every or found:
         return found
     if not 1 <= prune.target_depth < depth:
         if prune.target_depth < 1:

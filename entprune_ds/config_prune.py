@@ -12,8 +12,8 @@ class PruneConfig:
     """Blocks that remain at the end; null trains without pruning."""
     criterion: str = "ced"
     """Which blocks go first: ced, ced_abs, loss, mse, ld_pruner, flux_lite, shortgpt, magnitude_l1, magnitude_l2,
-    taylor, diff_pruning, learned, recovery_race, random, every_other, explicit, combined, or a .py file of yours:
-    see docs/CRITERIA.md."""
+    taylor, diff_pruning, gradient_flow, learned, recovery_race, random, every_other, explicit, combined, or a .py file
+    of yours: see docs/CRITERIA.md."""
     explicit_order: tuple[int, ...] = ()
     """criterion=explicit: original block indices in the order of removal."""
     combined: tuple[str, ...] = ()
@@ -110,9 +110,9 @@ class ScoreConfig:
     confidence: float = 0.95
     """Two blocks differ when their paired difference is not 0 at this confidence (two-sided, by jackknife)."""
     gradient_batches: int = 8
-    """taylor, diff_pruning: batches of draws; each is a jackknife group of the standard errors."""
+    """taylor, diff_pruning, gradient flow: batches of draws; each is a jackknife group of the standard errors."""
     gradient_batch_size: int = 32
-    """taylor, diff_pruning: draws of such a batch; diff_pruning takes as many evenly spaced t, one of each a batch."""
+    """Draws of such a batch over all ranks; diff_pruning takes as many evenly spaced t, one of each a batch."""
     taylor_t: tuple[float, ...] = ()
     """taylor: chosen t in [0, 1) (t of SiT, timestep / 1000 of DiT); empty draws t as training does."""
     diff_pruning_threshold: float = 0.05
@@ -123,6 +123,11 @@ class ScoreConfig:
     """`entprune-ds score`: of a run or a checkpoint, the raw training weights, as checks do, or the ema ones."""
     out: str = ""
     """`entprune-ds score`: folder to write; empty: `scores` in the run folder, or here."""
+
+    @property
+    def gradient_draws(self) -> int:
+        """Draws of the gradient criteria."""
+        return self.gradient_batches * self.gradient_batch_size
 
     @property
     def cells(self) -> int:

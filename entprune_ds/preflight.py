@@ -78,7 +78,7 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
 def _criterion_problems(config: Config, world_size: int, trained: bool) -> list[str]:
     """What the criterion of a pruning run lacks; a user's file is loaded."""
     prune = config.prune
-    if prune.target_depth is None:
+    if prune.target_depth is None or config.soft.every:
         return []
     try:
         criterion = chosen_criterion(prune)
@@ -167,7 +167,14 @@ def _resume_problems(config: Config) -> list[str]:
     if steps < old_steps:
         message = f"`train.num_steps` is {steps}, but {config.run_dir} was started with {old_steps}. "
         found.append(message + "A resume may only raise it.")
-    elif steps > old_steps and config.prune.target_depth and config.prune.end_step is None:
+    elif steps > old_steps and _end_moves(config):
         message = f"`train.num_steps` was raised from {old_steps} to {steps}, which would move the pruning checks. "
         found.append(message + "Finish that run, and start another with its model (model.weights) to train on.")
     return found
+
+
+def _end_moves(config: Config) -> bool:
+    """Whether the end of the pruning follows train.num_steps."""
+    if config.soft.every:
+        return config.soft.end_step is None
+    return config.prune.target_depth is not None and config.prune.end_step is None

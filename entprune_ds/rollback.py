@@ -68,7 +68,7 @@ def rollback_problem(config: Config) -> str | None:
 
 def _schedule_problem(config: Config, name: str, depth: int) -> str | None:
     prune = config.prune
-    if prune.target_depth is None or prune.score_only:
+    if prune.target_depth is None or prune.score_only or config.soft.every:
         return None
     if prune.target_depth > depth:
         message = f"`prune.target_depth` is {prune.target_depth}, but {name} holds {depth} blocks. Lower it, or give "

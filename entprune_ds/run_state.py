@@ -39,16 +39,18 @@ from entprune_ds.monitor.metrics import metrics_size, open_monitor, rewind_metri
 from entprune_ds.preflight import validation_spec
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.schedule import planned_checks
+from entprune_ds.pruning.soft_mask import SoftState
 from entprune_ds.pruning.trend import Validation, validations_from
 from entprune_ds.recovery import PlainRecovery, Recovery, open_recovery
 from entprune_ds.rollback import roll_back, rollback_done
+from entprune_ds.soft_pruning import open_soft
 
 log = get_logger()
 
 
 @dataclass
 class Run:
-    """Everything that a step of the loop may touch. What a resume restores: engine, stream, step, decisions."""
+    """Everything that a step of the loop may touch. What a resume restores: engine, stream, step, decisions, soft."""
 
     config: Config
     engine: Engine
@@ -68,6 +70,8 @@ class Run:
     """Whether the stream of this start has given a batch."""
     validated: tuple[int, int] = (-1, -1)
     """Step and depth of the newest validation."""
+    soft: SoftState | None = None
+    """The mask of soft pruning."""
     recovery: Recovery = field(default_factory=PlainRecovery)
     """How the loop trains: alone or with a teacher."""
     validations: list[Validation] = field(default_factory=list)
@@ -122,6 +126,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     run.recovery = recovery
     run.saved = step if found is not None else -1
     run.validation, run.validations = validation_draws(config), validations
+    run.soft = open_soft(config, engine, None if found is None else found.manifest["record"].get("soft"))
     return run
 
 
@@ -250,6 +255,7 @@ def checkpoint(run: Run) -> None:
         "cut": run.engine.cut,
         "costs": costs_as_json(run.engine.costs),
         "decisions": [d.to_json() for d in run.decisions],
+        "soft": None if run.soft is None else run.soft.to_json(),
         "config": to_stored(run.config),
         "metrics_bytes": metrics_size(run.folder),
         "teacher": run.recovery.digest,

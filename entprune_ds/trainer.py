@@ -26,10 +26,13 @@ from entprune_ds.importance.parts import Parts
 from entprune_ds.importance.scores import Scores
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
+from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.surgery import narrowed
 from entprune_ds.race import hold_race
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
 from entprune_ds.run_view import log_step, sample_grid, validate
+from entprune_ds.soft_budget import removal_steps
+from entprune_ds.soft_pruning import soft_due, soft_update
 
 log = get_logger()
 
@@ -70,6 +73,8 @@ def loop(run: Run) -> None:
         while run.step < config.train.num_steps:
             if run.step in run.checks and all(d.step != run.step for d in run.decisions):
                 prune_check(run)
+            if soft_due(config, run.soft, run.step):
+                soft_prune(run)
             loss = one_step(run)
             if run.step % config.monitor.log_every == 0:
                 log_step(run, loss, line)
@@ -153,8 +158,30 @@ def prune_check(run: Run) -> None:
         run.monitor.log(run.step, {"prune/race_seconds": times.race})
     narrower = f"; made narrower: {list(decision.narrow)}" if decision.narrow else ""
     log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
-    if decision.score_only or not decision.removes:
+    if decision.removes and not decision.score_only:
+        carry_out(run, decision)
+
+
+def soft_prune(run: Run) -> None:
+    """Move the mask of soft pruning, and at some updates remove what it has closed."""
+    config, engine, soft = run.config, run.engine, run.soft
+    assert soft is not None  # it is due
+    if run.step in removal_steps(config):
+        checkpoint(run)
+    update = soft_update(engine, config, soft, run.step, examples_of(config, soft.updates))
+    run.monitor.log(run.step, update.metrics)
+    run.started, run.validated = time.monotonic(), (-1, -1)  # with other gates it is another model
+    if update.decision is None:
         return
+    record_decision(run, update.decision)
+    log.info("soft pruning at step %d: %s", run.step, update.decision.reason)
+    if update.decision.removes:
+        carry_out(run, update.decision)
+
+
+def carry_out(run: Run, decision: PruneDecision) -> None:
+    """Resize to what a decision keeps, between a validation before and one after."""
+    config, engine, check = run.config, run.engine, decision.check
     validate(run)
     sample_grid(run, f"check_{check}_before")
     cursor, dp_size = stream_state(run), engine.dp_size
@@ -167,6 +194,7 @@ def prune_check(run: Run) -> None:
         plan = ds.train_micro_batch_size_per_gpu(), ds.gradient_accumulation_steps()
         log.info("micro-batch %d x accumulation %d", *plan)
     run.monitor.log(run.step, report.metrics())
+    run.validated = (-1, -1)  # blocks may be narrower at the same depth
     validate(run)
     sample_grid(run, f"check_{check}_after")
     run.started = time.monotonic()

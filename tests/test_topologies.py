@@ -29,15 +29,14 @@ METHODS = {
     "vote by NTK alone": ["prune.vote_weights=[1,0,0]"],
     "vote by ZiCo alone": ["prune.vote_weights=[0,1,0]"],
     "vote with step time": ["prune.vote_weights=[1,0.5,0.5]"],
-    "gradient-flow soft pruning": ["prune.criterion=gradient_flow"],
     "distillation from a teacher": ["distill.kind=features", "distill.feature_weight=1"],
+    "gradient-flow soft pruning": ["soft.every=1", "soft.start_step=1", "soft.end_step=5", "soft.removals=2"],
 }
 REFUSALS = {
     "pipe, zero2": "Set parallel.zero_stage=1, or parallel.pipe_stages=1",
     "pipe, zero3": "Set parallel.zero_stage=1, or parallel.pipe_stages=1",
     "compiled blocks": "Set model.compile=false, or choose stage 0, 1 or 2",
     "offload of the optimizer": "or remove offload_optimizer",
-    "gradient-flow soft pruning": "`prune.criterion` must be one of",
     "regrow_micro_batch": "Switch it off, or train without a pipeline",
 }
 RUN = ["prune.start_step=1", "train.num_steps=7", "prune.end_step=6", "train.validate_every=0", "sample.grid=1"]

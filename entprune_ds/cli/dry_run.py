@@ -100,6 +100,8 @@ def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
 
 
 def _resize_lines(config: Config, world_size: int, local: int, constants: dict) -> list[str]:
+    if config.soft.every:
+        return ["# resizes: at most soft.removals, of what the mask has closed by then; their cost is known only then"]
     resize = estimate_resize.resize_estimate(config, world_size, constants)
     if resize is None:
         return ["# a resize: none, for nothing is removed (prune.target_depth, prune.score_only)"]

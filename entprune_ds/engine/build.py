@@ -47,6 +47,8 @@ class Engine:
     """What the layers of a pipeline cost, when it has been measured."""
     all_read: bool = False
     """Whether the stages between the first and the last need the examples too: for the teacher of their blocks."""
+    gates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Gates of soft pruning by original index of the block; see engine.gates."""
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from entprune_ds.importance.gradient_flow import measure_gradient_flow
 from entprune_ds.importance.learned import measure_learned
 from entprune_ds.importance.magnitude import measure_magnitude
 from entprune_ds.importance.measuring import Measuring
@@ -109,6 +110,17 @@ def lowest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:
         if bad:
             raise ValueError(f"check {request.check}: blocks {bad} have no finite `{name}` score. Nothing was removed.")
         return sorted(values, key=lambda b: (values[b], -b))
+
+    return order
+
+
+def highest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:
+    """The order of a score that says how much is gained when a block goes."""
+    lowest_first = lowest_score_first(name)
+
+    def order(request: RankingRequest) -> list[int]:
+        lowest_first(request)  # finite scores, or its error
+        return sorted(request.kept_blocks, key=lambda b: (-request.scores[name][b].value, -b))
 
     return order
 
@@ -211,5 +223,6 @@ CRITERIA: dict[str, Criterion] = {
     "learned": Criterion(by_learned_gates, measure_learned),
     "combined": Criterion(rank_average),
     "recovery_race": Criterion(lowest_score_first("recovery_race"), needs_sweep=True, races=True),
+    "gradient_flow": Criterion(highest_score_first("gradient_flow"), measure=measure_gradient_flow),
 }
 CRITERIA_NEED_SWEEP = frozenset(name for name, criterion in CRITERIA.items() if criterion.needs_sweep)
