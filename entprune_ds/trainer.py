@@ -151,7 +151,6 @@ def prune_check(run: Run) -> None:
         step_seconds=step_timer(engine, config),
     )  # fmt: skip
     del parts
-    engine = run.engine  # a race may have built it anew
     record_decision(run, decision)
     run.monitor.log(run.step, {"prune/score_seconds": times.score, "prune/vote_seconds": times.vote})
     if decision.race:

@@ -222,7 +222,7 @@ CRITERIA: dict[str, Criterion] = {
     "diff_pruning": Criterion(lowest_score_first("diff_pruning"), measure_diff_pruning),
     "learned": Criterion(by_learned_gates, measure_learned),
     "combined": Criterion(rank_average),
-    "recovery_race": Criterion(lowest_score_first("recovery_race"), needs_sweep=True, races=True),
     "gradient_flow": Criterion(highest_score_first("gradient_flow"), measure=measure_gradient_flow),
+    "recovery_race": Criterion(lowest_score_first("recovery_race"), needs_sweep=True, races=True),
 }
 CRITERIA_NEED_SWEEP = frozenset(name for name, criterion in CRITERIA.items() if criterion.needs_sweep)
