@@ -56,6 +56,9 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
     if prune.target_depth is not None and config.score.batch_size < world_size:
         message = f"`score.batch_size` must be at least the number of ranks ({world_size}), "
         found.append(message + f"got {config.score.batch_size}.")
+    if prune.criterion == "recovery_race" and config.race.validation_draws < world_size:
+        message = f"`race.validation_draws` must be at least the number of ranks ({world_size}), "
+        found.append(message + f"got {config.race.validation_draws}.")
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
     if (problem := schedule_problem(config)) is not None:

@@ -65,7 +65,7 @@ def hold_race(engine: Engine, m: Measuring, scores: Scores, step: int) -> tuple[
     alone = on_replicas(engine, config, len(sets))
     trials: Replicas | Sharded = replicas(engine, recovery) if alone else Sharded(engine, recovery)
     try:
-        winner, record = _raced(trials, config, rounds, sets, m.kept_blocks)
+        winner, record = raced(trials, config, rounds, sets, m.kept_blocks)
     except NoFiniteLossError as problem:  # the same on all ranks
         raise comm.DistributedError(f"check {m.check}, recovery race: {problem}") from problem
     record |= {"executor": "replicas" if alone else "sharded", "batch_size": trial_batch(config)}
@@ -109,7 +109,7 @@ def replicas(engine: Engine, recovery: Recovery) -> Replicas:
     return Replicas(engine.model_config, gathered_state(engine), recovery, micro, engine.dtype, settings)
 
 
-def _raced(
+def raced(
     trials: Replicas | Sharded, config: Config, rounds: list[Round], sets: list[Origin], present: Sequence[int]
 ) -> tuple[KeepSet, dict[str, Any]]:
     """The race, and a second one of the winner's neighbours where race.local_search asks for it."""

@@ -14,7 +14,7 @@ from entprune_ds.config import Config, PruneConfig, RaceConfig, TrainConfig, pro
 from entprune_ds.coordinator import run_check
 from entprune_ds.diffusion.objective import build_objective
 from entprune_ds.importance.criteria import RankingRequest, removal_order
-from entprune_ds.importance.keep_sets import candidates, spaced
+from entprune_ds.importance.keep_sets import Origin, candidates, spaced
 from entprune_ds.importance.parts import ModuleParts
 from entprune_ds.importance.scores import Score
 from entprune_ds.models.dit import DiT, initialize
@@ -22,7 +22,7 @@ from entprune_ds.monitor.records import decision_of
 from entprune_ds.monitor.report import build_report
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.halving import NoFiniteLossError, better_half, neighbours, race
-from entprune_ds.race import order_scores
+from entprune_ds.race import Clock, log, order_scores, raced
 from entprune_ds.race_plan import check_budget, cost_of, plan, rounds_of, trial_batch, validation_cost
 from entprune_ds.race_replicas import KEYS, Replicas, State, built, state_of
 from entprune_ds.race_trial import Recovery, micro_batch, trial_config
@@ -265,6 +265,36 @@ def test_a_state_survives_being_built_and_taken_back(digits):
     assert again.step == state.step == 2
     assert all(torch.equal(again.tensors[k][n], state.tensors[k][n]) for k in KEYS for n in state.tensors[k])
     assert any(t.abs().sum() > 0 for t in state.tensors["exp_avg"].values())
+
+
+class Known:
+    """Trials whose losses are known: the distance of a keep-set from the best one."""
+
+    def __init__(self, best: tuple[int, ...]):
+        self.best, self.asked = best, []
+
+    def run(self, keep_sets, start, stop, watch):
+        self.asked.append((len(keep_sets), start, stop))
+        watch(0.5)
+        return [float(sum(abs(a - b) for a, b in zip(kept, self.best, strict=True))) for kept in keep_sets]
+
+
+def test_a_local_search_finds_what_was_not_among_the_candidates(caplog, monkeypatch):
+    config = race_settings(budget=0.5, local_search=8, validation_draws=384)
+    sets = [Origin((0, 4, 7, 11), "spaced 0"), Origin((0, 1, 2, 3), "loss")]
+    known, rounds = Known((0, 4, 8, 11)), rounds_of(2, 3)
+    monkeypatch.setattr(Clock, "seconds", 0.0)
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level("INFO", logger=log.name):
+        winner, record = raced(known, config, rounds, sets, range(12))
+    assert winner == record["winner"] == (0, 4, 8, 11)
+    assert [c["origin"] for c in record["candidates"]] == ["spaced 0", "loss"] + ["local search"] * 8
+    assert [asked[:2] for asked in known.asked] == [(2, 0), (9, 0), *((n, s) for n, s, _ in known.asked[2:])]
+    assert 0.2 < record["share_of_run"] <= 0.5
+    assert "race: round 1 of 1, 2 keep-sets, from 0 to 3 recovery steps" in caplog.text
+    assert "50 % of it done" in caplog.text and "s left" in caplog.text
+    alone, record = raced(Known((0, 4, 8, 11)), replace(config, race=RaceConfig(budget=0.5)), rounds, sets, range(12))
+    assert alone == (0, 4, 7, 11) and len(record["rounds"]) == 1
 
 
 # ---------------------------------------------------------------- check, record, report

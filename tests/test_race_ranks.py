@@ -56,6 +56,14 @@ def test_no_rank_holds_a_whole_model_in_sharded_trials(digits, tmp_path):
         assert 16 * found["partition"] <= found["peak"] < 0.8 * 16 * found["whole"]
 
 
+@FULL
+def test_candidates_that_do_not_fit_on_one_rank_are_trained_by_all_together(digits):
+    for found in run_ranks("tests.workers.race:no_room", 2, shards=f"{digits}/train"):
+        assert (found["1000000000000"], found["1000"]) == (True, False)
+        assert "`race.replicas=true`, but whole candidates do not fit into the free memory" in found["said"]
+        assert "Set it to auto or false" in found["said"]
+
+
 @pytest.mark.parametrize("replicas", ["true", pytest.param("false", marks=FULL)])
 def test_a_race_without_a_finite_loss_is_one_error_of_all_ranks(digits, replicas):
     for message in run_ranks("tests.workers.race:hopeless", 2, shards=f"{digits}/train", replicas=replicas):

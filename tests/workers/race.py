@@ -6,16 +6,18 @@ import gc
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
+from entprune_ds import comm, race_replicas
 from entprune_ds.config import Config, PruneConfig, RaceConfig
 from entprune_ds.coordinator import measuring
-from entprune_ds.diffusion.objective import Draws
+from entprune_ds.diffusion.objective import Draws, build_objective
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.importance.scores import Score, Scores
-from entprune_ds.race import Clock, hold_race
+from entprune_ds.race import hold_race, on_replicas
 from entprune_ds.race_sharded import Sharded
 from entprune_ds.race_trial import Recovery
 from entprune_ds.trainer import examples_of
@@ -95,7 +97,9 @@ def held(shards: str, ds_config: str) -> dict:
     train_steps(engine, config, 0, 1)
     sizes = {n: math.prod(s) for n, s in engine.shapes.items()}
     m = measuring(ShardedView(engine), engine.kept_blocks, config, 0, examples_of(config, 0))
-    recovery = Recovery(config, 0, 1, _objective(config), Draws(*m.draw("race/validation", 16)))
+    recovery = Recovery(
+        config, 0, 1, build_objective(config.model, config.diffusion), Draws(*m.draw("race/validation", 16))
+    )
     with Watched() as seen:
         trials = Sharded(engine, recovery)
         trials.run([(0, 9), (1, 15)], 0, 2, seen.watch)
@@ -109,20 +113,27 @@ def held(shards: str, ds_config: str) -> dict:
     }
 
 
-def _objective(config: Config) -> Any:
-    from entprune_ds.diffusion.objective import build_objective
-
-    return build_objective(config.model, config.diffusion)
+def no_room(shards: str) -> dict:
+    """How a race is held whose candidates do not fit on rank 1, and what it says when it must hold them there."""
+    config = race_config(shards, 1, "fp32")
+    engine, wants = started(config), {}
+    for free in (10**12, 1000):
+        mine = free if comm.rank() == 1 else 10**12
+        with mock.patch.object(race_replicas, "free_host_memory", return_value=mine):
+            wants[str(free)] = on_replicas(engine, config, 3)
+            if free == 1000:
+                try:
+                    on_replicas(engine, replace(config, race=replace(config.race, replicas="true")), 3)
+                except comm.DistributedError as error:
+                    wants["said"] = str(error)
+    return wants
 
 
 def hopeless(shards: str, replicas: str) -> str:
     """What a race says whose every candidate ends in NaN."""
-    from entprune_ds import comm
-
     config = race_config(shards, 1, "fp32", replicas=replicas, learning_rate=1e30)
     engine = started(config)
     m = measuring(ShardedView(engine), engine.kept_blocks, config, 0, examples_of(config, 0))
-    Clock.seconds = 0.0
     try:
         hold_race(engine, m, LOSSES, 3)
     except comm.DistributedError as error:
