@@ -13,6 +13,7 @@ from torch import Tensor
 from entprune_ds.config import Config, PruneConfig, ScoreConfig
 from entprune_ds.config_checks_prune import SWEEP_CRITERIA
 from entprune_ds.coordinator import measuring, run_check
+from entprune_ds.importance import leave_one_out as leave_one_out_module
 from entprune_ds.importance.criteria import CRITERIA_NEED_SWEEP
 from entprune_ds.importance.jackknife import (
     Resampled,
@@ -25,11 +26,13 @@ from entprune_ds.importance.jackknife import (
 )
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.parts import ModuleParts
+from entprune_ds.importance.scores import resample_scores
+from entprune_ds.importance.sweep_statistics import SweepStatistics
 from entprune_ds.monitor.decision_section import decision_section
 from entprune_ds.monitor.records import decision_of
 from entprune_ds.monitor.tables import separation
 from entprune_ds.pruning.decision import PruneDecision
-from tests.reference.toys import random_dit
+from tests.reference.toys import mean_squared, random_dit
 from tests.workers.entropy import toy_check
 
 
@@ -71,10 +74,8 @@ def test_the_error_of_a_difference_is_that_of_the_paired_draws():
 
 
 def test_ties_and_scores_that_are_not_finite_are_never_told_apart():
-    tie = Resampled(
-        torch.tensor([1.0, 1.0 + 1e-14, 2.0]).double(), torch.tensor([[1.0, 1.0 + 1e-14, 2.0]] * 4).double()
-    )
-    assert indistinguishable(tie, (0, 1, 2), 0.95) == {0: (1,), 1: (0,), 2: ()}
+    values = torch.tensor([1.0, 1.0 + 1e-14, 2.0], dtype=torch.float64)
+    assert indistinguishable(Resampled(values, values.repeat(4, 1)), (0, 1, 2), 0.95) == {0: (1,), 1: (0,), 2: ()}
     bad = Resampled(torch.tensor([1.0, math.nan]), torch.tensor([[1.0, math.nan]] * 4))
     assert indistinguishable(bad, (0, 1), 0.95) == {0: (1,), 1: (0,)}
 
@@ -141,6 +142,23 @@ def test_criteria_that_can_be_resolved_are_ranked_by_the_sweep():
 # ---------------------------------------------------------------- where it is recorded
 
 
+def test_replicates_of_ced_are_unfolded():
+    """A block whose signed_ced is below 0 for sure, and one that is about 0: folding would hide half of its spread."""
+    kept, z_t = [0, 1], torch.randn(64, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wave = z_t.flatten(1)[:, 0].sign().view(-1, 1, 1, 1)  # as often 1.3 times as large as 1 / 1.3 times
+    outputs = torch.stack([z_t, z_t / 2, z_t * 1.3**wave / (1.3**wave).square().mean().sqrt()])
+    statistics = SweepStatistics(kept, 8, (4, 2, 2), torch.device("cpu"))
+    for group in range(8):
+        mine = slice(8 * group, 8 * group + 8)
+        statistics.update(group, outputs[:, mine], z_t[mine], z_t[mine, 0, 0, 0], mean_squared)
+    found = resample_scores(statistics.reduce(), kept)
+    ced, signed = found["ced"], found["signed_ced"]
+    assert signed.values[0] < 0 and torch.equal(ced.replicates[:, 0], -signed.replicates[:, 0])
+    assert signed.replicates[:, 1].min() < 0 < signed.replicates[:, 1].max()
+    assert torch.equal(ced.errors, signed.errors)
+    assert torch.equal(ced.values, signed.values.abs())
+
+
 def decision() -> PruneDecision:
     """A check of a small model that may remove two of five blocks, in two checks."""
     model = random_dit().float()
@@ -162,6 +180,13 @@ def decision() -> PruneDecision:
     return run_check(ModuleParts(model), (0, 1, 2, 3, 4), config, 0, 10, 5, examples)[0]
 
 
+def test_a_check_asks_about_as_many_blocks_as_it_may_remove(monkeypatch):
+    asked = []
+    monkeypatch.setattr(leave_one_out_module, "separated", lambda s, blocks, first, c: asked.append(first) or True)
+    assert {s["draws"] for s in decision().scores["loss"].values()} == {32}
+    assert asked == [2]
+
+
 def test_a_decision_records_its_draws_and_what_they_tell_apart_and_the_report_shows_it():
     made = decision()
     assert PruneDecision.from_json(made.to_json()) == made
@@ -172,15 +197,13 @@ def test_a_decision_records_its_draws_and_what_they_tell_apart_and_the_report_sh
         assert all(int(block) in scores[str(other)]["same_as"] for other in score["same_as"])
     read = decision_of(made.to_json())
     assert read.scores["loss"][0].same_as == tuple(scores["0"]["same_as"]) and read.scores["loss"][0].draws == 64
-    shown = str(decision_section(read, 5))
-    assert "not told apart from" in shown
-    for same, said in (
-        ((), "block 0, and first to stay, block 1: told apart by 64 draws"),
-        ((1,), "block 1: not told"),
-    ):
+    pair = "block 0, and first to stay, block 1"
+    for same, said, cell in (((), f"{pair}: told apart by 64 draws", "none"), ((1, 3), f"{pair}: not told", "1, 3")):
         own = replace(read.scores["loss"][0], same_as=same)
         two = replace(
             read, order=(0, 1, 2, 3, 4), dropped=(0,), kept_blocks=(1, 2, 3, 4),
             scores={"loss": read.scores["loss"] | {0: own}},
         )  # fmt: skip
         assert said in separation(two)
+        row = str(decision_section(two, 5)).split("block 0</t", 2)[-1].split("</tr>")[0]
+        assert f">{cell}<" in row
