@@ -195,8 +195,8 @@ def choose(mask: Mask, scores: Mask, costs: Costs, target: float, threshold: flo
     """The units that go: those below the threshold, weakest first; at the last removal more, until the target.
 
     Nothing goes once that is reached. Of the others at the last removal, weakest first, one that would fall below the
-    target is left to the end, where the cheapest that does goes. A block keeps its strongest head and channel, the model
-    its strongest block. Among equal masks the higher score goes first, then the higher index.
+    target is left to the end, where the cheapest that does goes. A block keeps its strongest head and channel, the
+    model its strongest block. Among equal masks the higher score goes first, then the higher index.
     """
     stays = {b: {kind: [True] * m.numel() for kind, m in g.items()} for b, g in mask.items()}
     left = {b: costs.rest + costs.head * h + costs.channel * c for b, (h, c) in costs.widths.items()}
