@@ -82,6 +82,7 @@ def validation_spec(config: Config) -> str:
 
 
 def data_problems(config: Config) -> list[str]:
+    """Shards that are missing or damaged, or do not fit the model."""
     if not config.data.shards:
         return [
             "`data.shards` is empty. Give a folder written by `entprune-ds shards`, e.g. data.shards=data_digits/train."
