@@ -107,7 +107,7 @@ def validation_spec(config: Config) -> str:
 
 
 def data_problems(config: Config) -> list[str]:
-    """What is wrong with the training and validation shards, or does not fit the model."""
+    """Shards that are missing or damaged, or do not fit the model."""
     if not config.data.shards:
         return [
             "`data.shards` is empty. Give a folder written by `entprune-ds shards`, e.g. data.shards=data_digits/train."
