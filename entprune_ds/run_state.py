@@ -65,6 +65,8 @@ class Run:
     """Whether the stream of this start has given a batch."""
     validated: tuple[int, int] = (-1, -1)
     """Step and depth of the newest validation."""
+    counted: ModelConfig | None = None
+    """Architecture whose training step has been counted (monitor.count_macs)."""
 
     @property
     def objective(self) -> Objective:

@@ -14,7 +14,7 @@ from entprune_ds.coordinator import Examples, run_check
 from entprune_ds.data.latents import Batch
 from entprune_ds.data.stream import Stream
 from entprune_ds.diffusion.objective import Draws
-from entprune_ds.engine.build import train_step
+from entprune_ds.engine.build import destroy_engine, train_step
 from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import next_cut, resize
 from entprune_ds.engine.view import ShardedView
@@ -22,9 +22,10 @@ from entprune_ds.export import export_checkpoint
 from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell, watched
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
+from entprune_ds.macs import counted
 from entprune_ds.pruning.surgery import narrowed
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
-from entprune_ds.run_view import log_step, sample_grid, validate
+from entprune_ds.run_view import log_macs, log_step, sample_grid, validate
 
 log = get_logger()
 
@@ -51,6 +52,7 @@ def train(config: Config, arguments: list[str]) -> None:
                         run.monitor.finish(exit_code=1)
                     raise
             hand_over(run)
+            destroy_engine(run.engine)  # the process may go on with another run
         if joined:
             comm.shutdown()
 
@@ -58,11 +60,12 @@ def train(config: Config, arguments: list[str]) -> None:
 def loop(run: Run) -> None:
     """Optimizer steps, with a pruning check before each step of `run.checks`."""
     config = run.config
-    if run.step >= config.train.num_steps:
+    last = min(config.train.num_steps, config.train.stop_step or config.train.num_steps)
+    if run.step >= last:
         log.info("all %d steps are done already; only the closing figures are made again", run.step)
     with progress("train", total=config.train.num_steps, done=run.step) as line:
         run.started = time.monotonic()
-        while run.step < config.train.num_steps:
+        while run.step < last:
             if run.step in run.checks and all(d.step != run.step for d in run.decisions):
                 prune_check(run)
             loss = one_step(run)
@@ -80,9 +83,11 @@ def one_step(run: Run) -> Tensor:
     """One optimizer step; returns the mean loss of this data-parallel rank, not yet synchronised."""
     config, engine = run.config, run.engine
     engine.set_learning_rate(learning_rate(config.train, run.step))
-    loss, _ = train_step(engine, next_draws(run), run.objective.loss)
+    with counted(config.monitor.count_macs and run.counted != engine.model_config) as macs:
+        loss, _ = train_step(engine, next_draws(run), run.objective.loss)
     engine.update_ema(config.train.ema_decay)
-    run.step += 1
+    run.step, run.counted = run.step + 1, engine.model_config
+    log_macs(run, "train/step_macs", macs)
     comm.mark_progress()
     return loss
 
@@ -131,13 +136,15 @@ def prune_check(run: Run) -> None:
         "check %d (%d in all, from 0) at step %d: scoring %d blocks", check, len(run.checks), run.step, engine.depth
     )
     parts = ShardedView(engine, "weight", getattr(torch, config.score.dtype))
-    decision, times = run_check(
-        parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
-        recut=lambda d: next_cut(engine, config, narrowed(engine.model_config, d.kept_blocks, d.narrow)),
-    )  # fmt: skip
+    with counted(config.monitor.count_macs) as macs:
+        decision, times = run_check(
+            parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
+            recut=lambda d: next_cut(engine, config, narrowed(engine.model_config, d.kept_blocks, d.narrow)),
+        )  # fmt: skip
     del parts
     record_decision(run, decision)
     run.monitor.log(run.step, {"prune/score_seconds": times.score, "prune/vote_seconds": times.vote})
+    log_macs(run, "prune/score_macs", macs)
     narrower = f"; made narrower: {list(decision.narrow)}" if decision.narrow else ""
     log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
     if decision.score_only or not decision.removes:
