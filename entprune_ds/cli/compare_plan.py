@@ -1,4 +1,4 @@
-"""The rows of a comparison: which trainings there are, their settings, and which of them each study puts side by side."""
+"""The rows of a comparison: which trainings there are, their settings, and which of them a study puts side by side."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def one_check(config: Config, criterion: str, seed: int, label: str = "", **chan
     """A row that removes everything at step 0. The last "__" in the name of a change stands for the dot."""
     label = label or Path(criterion).stem
     settings = {"prune.criterion": criterion} | {k.replace("__", "."): v for k, v in changes.items()}
-    depth = settings.get("prune.target_depth", config.prune.target_depth)
+    depth = changes.get("prune__target_depth", config.prune.target_depth or 1)
     return Row(name=f"{label}-s{seed}", criterion=label, seed=seed, target_depth=depth, changes=settings)
 
 
@@ -68,12 +68,14 @@ def studies(config: Config, model: ModelConfig) -> list[Study]:
 
 
 def rows_of(found: list[Study]) -> list[Row]:
-    """Every row once, seed by seed, so that a comparison that is cut short is even; what any study asks of it joined."""
+    """Every row once, with all that any study asks of it; seed by seed, so that what is cut short is even."""
     rows: dict[str, Row] = {}
     for row in (row for study in found for rows in study.contestants.values() for row in rows):
         other = rows.get(row.name, row)
-        more = {"samplings": tuple(sorted({*row.samplings, *other.samplings})), "long": row.long or other.long}
-        rows[row.name] = replace(row, probes=row.probes or other.probes, **more)
+        samplings = tuple(sorted({*row.samplings, *other.samplings}))
+        rows[row.name] = replace(
+            row, probes=row.probes or other.probes, samplings=samplings, long=row.long or other.long
+        )
     return sorted(rows.values(), key=lambda row: row.seed)
 
 
@@ -106,7 +108,7 @@ def _extended(config: Config, row: Row) -> Row:
 
 def _subsets(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     """Different random keep-sets, one seed; fewer where there are not so many."""
-    target, sets = config.prune.target_depth or 1, set()
+    target, sets = config.prune.target_depth or 1, set[tuple[int, ...]]()
     wanted, number = min(config.compare.subsets, math.comb(len(model.blocks), target)), 0
     while len(sets) < wanted:
         sets.add(random_removal(model, target, "subsets", number))
@@ -158,7 +160,7 @@ def _estimators(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
 def _distill(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     criterion, found = config.prune.criterion, {}
     for kind in config.compare.recoveries:
-        same = kind == config.distill.kind  # the rows of the criterion itself
+        same = kind == to_dict(config.distill).get("kind", "none")  # the rows of the criterion itself
         changes, label = ({}, "") if same else ({"distill__kind": kind}, f"{Path(criterion).stem}_kd_{kind}")
         found[kind] = [one_check(config, criterion, seed, label, **changes) for seed in config.compare.seeds]
     return found
@@ -168,10 +170,9 @@ def _depth(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     criterion, found = config.prune.criterion, {}
     for depth in config.compare.depths:
         same = depth == config.prune.target_depth
-        changes, label = ({}, "") if same else ({"prune__target_depth": depth}, f"{Path(criterion).stem}_depth_{depth}")
-        found[f"depth {depth}"] = [
-            one_check(config, criterion, seed, label, **changes) for seed in config.compare.seeds
-        ]
+        changes = {} if same else {"prune__target_depth": depth}
+        label = "" if same else f"{Path(criterion).stem}_depth_{depth}"
+        found[f"depth {depth}"] = [one_check(config, criterion, s, label, **changes) for s in config.compare.seeds]
     return found
 
 

@@ -104,9 +104,8 @@ class Pool:
         if name is None:
             if status:
                 log = log_path(self.out, f"worker_{worker}")
-                raise RuntimeError(
-                    f"a worker ended with status {status} before it began a row, see {log}:\n{_tail(log)}"
-                )
+                message = f"a worker ended with status {status} before it began a row, see {log}:\n"
+                raise RuntimeError(message + _tail(log))
             return
         by_signal = status < 0 or status >= 128
         if by_signal and name not in self.killed:

@@ -19,9 +19,11 @@ from entprune_ds.monitor import compare_plots
 from entprune_ds.monitor.numbers import percent, sensible
 
 TITLES = {
-    "schedule": "One-shot, fixed schedule, vote", "estimators": "Entropy estimators", "distill": "With and without a teacher",
+    "schedule": "One-shot, fixed schedule, vote",
+    "estimators": "Entropy estimators",
+    "distill": "With and without a teacher",
     "depth": "Other depths",
-}  # fmt: skip
+}
 
 
 def write_report(config: Config, model: ModelConfig, studies: list[Study]) -> list[Path]:
@@ -96,11 +98,8 @@ def document(
         parts += [text.correlation_table([*main, *rows["subsets"]], scores)]
     for name, title in TITLES.items():
         if rows.get(name):
-            parts += [
-                f"## {title}",
-                text.markdown_table(*text.figure_cells(rows[name], base)),
-                text.standing(rows[name]),
-            ]
+            table = text.markdown_table(*text.figure_cells(rows[name], base))
+            parts += [f"## {title}", table, text.standing(rows[name])]
             if compare.equal_compute and name != "depth":
                 equal = at_equal_steps(rows[name])
                 parts += [f"### At {compare.recovery_steps} optimizer steps"]

@@ -186,10 +186,8 @@ def plain_step_macs(settings: Config, model: ModelConfig) -> int:
     import torch
 
     objective, net = build_objective(model, settings.diffusion), DiT(model)
-    shape = (1, model.in_channels, model.input_size, model.input_size)
-    draws = objective.make_draws(
-        torch.zeros(shape), torch.zeros(1, dtype=torch.int64), [0], seed=0, purpose="macs", step=0
-    )
+    latents = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
+    draws = objective.make_draws(latents, torch.tensor([0]), [0], seed=0, purpose="macs", step=0)
     with MacCounter() as counter:
         objective.loss(net(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean().backward()
     return counter.macs * settings.train.global_batch_size
