@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -39,7 +39,7 @@ def measure_pace(config: Config, model: ModelConfig) -> Pace:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        shallow, deep = (DiT(model.keeping(model.blocks[:d])) for d in (target, depth))
+        shallow, deep = model.keeping(model.blocks[:target]), model.keeping(model.blocks)
         batch = min(config.train.global_batch_size, 64)
         low, high = (_seconds(net, batch, backward=True) / batch for net in (shallow, deep))
         forward = _seconds(shallow, batch, backward=False) / batch
@@ -57,7 +57,7 @@ def measure_pace(config: Config, model: ModelConfig) -> Pace:
 
 def row_seconds(config: Config, row: Row, model: ModelConfig, pace: Pace) -> float:
     """Rough seconds of a row; a criterion that measures something of its own is taken to cost one sweep."""
-    compare, settings = config.compare, row_config(config, replace(row), model, _nowhere(config))
+    compare, settings = config.compare, row_config(config, row, model, Path(config.compare.out))
     checks = planned_checks(settings)
     stops = {compare.recovery_steps} | ({compare.long_steps} if row.long else set())
     evaluations = len(stops) + compare.equal_compute
@@ -74,15 +74,9 @@ def row_seconds(config: Config, row: Row, model: ModelConfig, pace: Pace) -> flo
     return seconds + passes * pace.sample * target / (config.prune.target_depth or 1) + evaluations * FIGURES_SECONDS
 
 
-def _nowhere(config: Config) -> Any:
-    from pathlib import Path
-
-    return Path(config.compare.out)
-
-
-def _seconds(net: DiT, batch: int, backward: bool) -> float:
+def _seconds(m: ModelConfig, batch: int, backward: bool) -> float:
     """Of one pass of a batch, the fastest of some."""
-    m = net.config
+    net = DiT(m)
     z_t, t = torch.zeros(batch, m.in_channels, m.input_size, m.input_size), torch.zeros(batch)
     labels, times = torch.zeros(batch, dtype=torch.int64), []
     for _ in range(REPEATS + 1):

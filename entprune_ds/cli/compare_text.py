@@ -90,14 +90,7 @@ def standing(rows: Sequence[PlainRow]) -> str:
         paired_clear += [name] if d.paired_errors_apart > CLEAR else []
         errors = [sensible(v, 2) for v in (d.standard_error, d.errors_apart, d.paired_error, d.paired_errors_apart)]
         lines.append([name, sensible(d.value), *errors])
-    head = [
-        f"behind {best}",
-        "FID difference",
-        "standard error",
-        "in standard errors",
-        "paired error",
-        "in paired errors",
-    ]
+    head = ["behind the lowest", "FID difference", "standard error", "in standard errors", "paired error", "in these"]
     unclear = [name for name in others if name not in clear]
     text += f" It is ahead of {len(clear)} of {len(others)} by more than {CLEAR:g} standard errors"
     text += f" (of {len(paired_clear)}, paired over the seeds)"
@@ -110,16 +103,15 @@ def margins(rows: Sequence[PlainRow], champion: str) -> str:
     groups = by_contestant(rows)
     if champion not in groups or next(iter(groups)) == champion:
         return ""
-    ahead, behind, level = [], [], []
+    ahead, behind, level = list[str](), list[str](), list[str]()
     for name, group in groups.items():
         if name != champion:
             apart = difference(fid_by_seed(groups[champion]), fid_by_seed(group)).errors_apart
             (ahead if apart > CLEAR else behind if apart < -CLEAR else level).append(name)
     parts = [(ahead, "ahead of"), (level, f"within {CLEAR:g} of"), (behind, "behind")]
     said = [f"{what} {', '.join(names)}" for names, what in parts if names]
-    return (
-        f"In standard errors of the FID, **{champion}** is {'; '.join(said)} (ahead and behind: more than {CLEAR:g})."
-    )
+    said_of = f"In standard errors of the FID, **{champion}** is {'; '.join(said)} "
+    return said_of + f"(ahead and behind: by more than {CLEAR:g})."
 
 
 def correlation_table(rows: Sequence[PlainRow], scores: dict[str, dict[str, float]]) -> str:

@@ -105,7 +105,7 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any]:
     return result
 
 
-def real_images(config: Config, cache: Path) -> tuple[np.ndarray, np.ndarray, Any, Path]:
+def real_images(config: Config, cache: Path) -> tuple[np.ndarray, np.ndarray, Any, Any]:
     """Training and validation images, uint8 (N,H,W,C), the extractor made from them, and the folder of the shards.
 
     Raises:
@@ -125,7 +125,7 @@ def real_images(config: Config, cache: Path) -> tuple[np.ndarray, np.ndarray, An
     (train, train_labels), (val, val_labels) = read_all(index), read_all(validation_spec(config), pipe)
     images, val_images = to_uint8(train), to_uint8(val)
     extractor = load_or_train(images, train_labels.numpy(), val_images, val_labels.numpy(), cache=cache)
-    return images, val_images, extractor, Path(index.folder)
+    return images, val_images, extractor, index.folder
 
 
 def figures(config: Config, weights: Path, samples: str, references: dict, extractor: Any) -> tuple[dict, dict]:

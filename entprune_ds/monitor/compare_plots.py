@@ -77,7 +77,6 @@ def score_panels(
         axes.tick_params(labelsize=6.5)
     for axes in panels[len(scores) :]:
         axes.set_visible(False)
-    figure.supylabel(
-        "FID: o after the short, square after the long recovery; filled: chosen by a criterion", fontsize=7.5
-    )
+    note = "FID: o after the short, square after the long recovery; filled: chosen by a criterion"
+    figure.supylabel(note, fontsize=7.5)
     return figure
