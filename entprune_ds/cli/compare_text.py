@@ -83,6 +83,8 @@ def standing(rows: Sequence[PlainRow]) -> str:
     text = f"Lowest mean FID: **{best}**, {with_error(first.value, first.standard_error)} (n = {first.count})."
     if not others:
         return text
+    if first.count < 2:
+        return f"{text} One seed: no standard errors."
     lines, clear, paired_clear = [], [], []
     for name in others:
         d = difference(fid_by_seed(groups[best]), fid_by_seed(groups[name]))
@@ -101,7 +103,7 @@ def standing(rows: Sequence[PlainRow]) -> str:
 def margins(rows: Sequence[PlainRow], champion: str) -> str:
     """Where one contestant, the default, stands against each other one; empty if it is not among them or the best."""
     groups = by_contestant(rows)
-    if champion not in groups or next(iter(groups)) == champion:
+    if champion not in groups or next(iter(groups)) == champion or len(groups[champion]) < 2:
         return ""
     ahead, behind, level = list[str](), list[str](), list[str]()
     for name, group in groups.items():

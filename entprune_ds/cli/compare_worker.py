@@ -63,9 +63,9 @@ def work(config: Config, part: str) -> None:
         say("done", "base")
         return
     bench = open_bench(config, out, base_path(config))
-    _attempt(bench, "base", lambda: run_base(bench), lambda: "latency_ms" not in read_result(out, "base"), say)
+    attempt(out, "base", lambda: run_base(bench), lambda: "latency_ms" not in read_result(out, "base"), say)
     for row in rows_of(studies(config, bench.model)):
-        _attempt(bench, row.name, _task(bench, row), _unfinished(bench, row), say)
+        attempt(out, row.name, _task(bench, row), _unfinished(bench, row), say)
 
 
 def _task(bench: Bench, row: Row) -> Callable[[], None]:
@@ -76,24 +76,24 @@ def _unfinished(bench: Bench, row: Row) -> Callable[[], bool]:
     return lambda: bool(missing(row, bench.config.compare, read_result(bench.out, row.name)))
 
 
-def _attempt(bench: Bench, name: str, task: Callable[[], None], wanted: Callable[[], bool], say: Say) -> None:
+def attempt(out: Path, name: str, task: Callable[[], None], wanted: Callable[[], bool], say: Say) -> None:
     """Do a row unless it is done, has failed, or another worker does it; what it raises is its failure, not ours.
 
     An error inside the training ends this process instead; the parent then notes the failure.
     """
-    if not wanted() or failure_path(bench.out, name).is_file():
+    if not wanted() or failure_path(out, name).is_file():
         return
-    with contextlib.suppress(FolderBusy), locked(bench.out / "locks" / name, "`compare.out`"):
+    with contextlib.suppress(FolderBusy), locked(out / "locks" / name, "`compare.out`"):
         if not wanted():
             return  # another worker has just finished it
         say("start", name)
-        with _into(log_path(bench.out, name)):
+        with _into(log_path(out, name)):
             try:
                 task()
             except Exception as error:
                 traceback.print_exc()
-                note_failure(bench.out, name, f"{type(error).__name__}: {error}")
-        say("failed" if failure_path(bench.out, name).is_file() else "done", name)
+                note_failure(out, name, f"{type(error).__name__}: {error}")
+        say("failed" if failure_path(out, name).is_file() else "done", name)
 
 
 def note_failure(out: Path, name: str, why: str) -> None:
@@ -119,14 +119,13 @@ def _into(log: Path) -> Iterator[None]:
     """Everything that is printed, by C++ too, goes to the end of a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
-    with open(log, "a") as file:
+    with open(log, "a", buffering=1) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for descriptor, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, descriptor)
-            os.close(old)
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            for descriptor, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, descriptor)
+                os.close(old)
