@@ -150,11 +150,12 @@ def _schedule(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
 
 
 def _estimators(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
-    seeds = config.compare.seeds
-    return {
-        name: [one_check(config, "ced", seed, f"ced_{name}", score__estimator=name) for seed in seeds]
-        for name in config.compare.estimators
-    }
+    found = {}
+    for name in config.compare.estimators:
+        same = name == to_dict(config.score).get("estimator")  # the rows of the criterion itself
+        changes, label = ({}, "") if same else ({"score__estimator": name}, f"ced_{name}")
+        found[name] = [one_check(config, "ced", seed, label, **changes) for seed in config.compare.seeds]
+    return found
 
 
 def _distill(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
