@@ -29,7 +29,7 @@ FREE_KEYS = (
     "data.source", "data.src", "data.image_size", "data.num_classes", "data.val_fraction", "data.max_unreadable",
     "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch",
     "data.max_skipped", "data.allow_pipe", "model.weights", "model.compile", "model.activation_checkpointing",
-    "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.num_steps", "train.stop_step", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws", "prune.rollback", "distill.teacher", "distill.placement",
     "prune.method", "score.criteria", "score.weights", "score.out",
 )  # fmt: skip

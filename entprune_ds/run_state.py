@@ -70,6 +70,8 @@ class Run:
     """Whether the stream of this start has given a batch."""
     validated: tuple[int, int] = (-1, -1)
     """Step and depth of the newest validation."""
+    counted: ModelConfig | None = None
+    """Architecture whose training step has been counted (monitor.count_macs)."""
     soft: SoftState | None = None
     """The mask of soft pruning."""
     recovery: Recovery = field(default_factory=PlainRecovery)

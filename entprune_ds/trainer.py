@@ -15,6 +15,7 @@ from entprune_ds.coordinator import Examples, History, run_check
 from entprune_ds.data.latents import Batch
 from entprune_ds.data.stream import Stream
 from entprune_ds.diffusion.objective import Draws
+from entprune_ds.engine.build import destroy_engine
 from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import next_cut, resize
 from entprune_ds.engine.step_time import step_timer
@@ -26,11 +27,12 @@ from entprune_ds.importance.parts import Parts
 from entprune_ds.importance.scores import Scores
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
+from entprune_ds.mac_counter import counted
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.surgery import narrowed
 from entprune_ds.race import hold_race
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
-from entprune_ds.run_view import log_step, sample_grid, validate
+from entprune_ds.run_view import log_macs, log_step, sample_grid, validate
 from entprune_ds.soft_budget import removal_steps
 from entprune_ds.soft_pruning import soft_due, soft_update
 
@@ -59,6 +61,7 @@ def train(config: Config, arguments: list[str]) -> None:
                         run.monitor.finish(exit_code=1)
                     raise
             hand_over(run)
+            destroy_engine(run.engine)  # the process may go on with another run
         if joined:
             comm.shutdown()
 
@@ -66,11 +69,12 @@ def train(config: Config, arguments: list[str]) -> None:
 def loop(run: Run) -> None:
     """Optimizer steps, with a pruning check before each step of `run.checks`."""
     config = run.config
-    if run.step >= config.train.num_steps:
+    last = min(config.train.num_steps, config.train.stop_step or config.train.num_steps)
+    if run.step >= last:
         log.info("all %d steps are done already; only the closing figures are made again", run.step)
     with progress("train", total=config.train.num_steps, done=run.step) as line:
         run.started = time.monotonic()
-        while run.step < config.train.num_steps:
+        while run.step < last:
             if run.step in run.checks and all(d.step != run.step for d in run.decisions):
                 prune_check(run)
             if soft_due(config, run.soft, run.step):
@@ -90,9 +94,11 @@ def one_step(run: Run) -> Tensor:
     """One optimizer step; returns the mean loss of this data-parallel rank, not yet synchronised."""
     config, engine = run.config, run.engine
     engine.set_learning_rate(learning_rate(config.train, run.step))
-    loss = run.recovery.train_step(engine, next_draws(run), run.objective, run.step, run.decisions)
+    with counted(config.monitor.count_macs and run.counted != engine.model_config) as macs:
+        loss = run.recovery.train_step(engine, next_draws(run), run.objective, run.step, run.decisions)
     engine.update_ema(config.train.ema_decay)
-    run.step += 1
+    run.step, run.counted = run.step + 1, engine.model_config
+    log_macs(run, "train/step_macs", macs)
     comm.mark_progress()
     return loss
 
@@ -143,18 +149,19 @@ def prune_check(run: Run) -> None:
     if config.prune.recovery_tolerance is not None:
         validate(run)
     parts = ShardedView(engine, "weight", getattr(torch, config.score.dtype))
-    decision, times = run_check(
-        parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
-        recut=lambda d: next_cut(run.engine, config, narrowed(run.engine.model_config, d.kept_blocks, d.narrow)),
-        hold_race=lambda m, scores: held_race(run, m, scores),
-        history=History(run.last_removal, tuple(run.validations)),
-        step_seconds=step_timer(engine, config),
-    )  # fmt: skip
+    with counted(config.monitor.count_macs) as macs:
+        decision, times = run_check(
+            parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
+            recut=lambda d: next_cut(run.engine, config, narrowed(run.engine.model_config, d.kept_blocks, d.narrow)),
+            hold_race=lambda m, scores: held_race(run, m, scores),
+            history=History(run.last_removal, tuple(run.validations)), step_seconds=step_timer(engine, config),
+        )  # fmt: skip
     del parts
     record_decision(run, decision)
     run.monitor.log(run.step, {"prune/score_seconds": times.score, "prune/vote_seconds": times.vote})
     if decision.race:
         run.monitor.log(run.step, {"prune/race_seconds": times.race})
+    log_macs(run, "prune/score_macs", macs)
     narrower = f"; made narrower: {list(decision.narrow)}" if decision.narrow else ""
     log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
     if decision.removes and not decision.score_only:
@@ -167,7 +174,9 @@ def soft_prune(run: Run) -> None:
     assert soft is not None  # it is due
     if run.step in removal_steps(config):
         checkpoint(run)
-    update = soft_update(engine, config, soft, run.step, examples_of(config, soft.updates))
+    with counted(config.monitor.count_macs) as macs:
+        update = soft_update(engine, config, soft, run.step, examples_of(config, soft.updates))
+    log_macs(run, "prune/score_macs", macs)
     run.monitor.log(run.step, update.metrics)
     run.started, run.validated = time.monotonic(), (-1, -1)  # with other gates it is another model
     if update.decision is None:
