@@ -24,8 +24,8 @@ memory that a rank will need, part by part, and the time of a resize. Nothing is
 The run folder RUNS/NAME holds config.yaml, metrics.jsonl, decisions.jsonl, checkpoints/, samples/ and model/.
 """
 SECTIONS = [
-    "run", "model", "data", "train", "diffusion", "parallel", "prune", "score", "learned", "resize", "sample",
-    "monitor",
+    "run", "model", "data", "train", "diffusion", "parallel", "prune", "score", "race", "learned", "soft", "distill",
+    "resize", "sample", "monitor",
 ]  # fmt: skip
 
 

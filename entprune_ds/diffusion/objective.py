@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entprune_ds.config import DiffusionConfig, ModelConfig
-from entprune_ds.diffusion.ddpm import NUM_TIMESTEPS, noised, variational_term
+from entprune_ds.diffusion.ddpm import NUM_TIMESTEPS, noised, step_divergence, variational_term
 from entprune_ds.diffusion.interpolant import PATHS, expand, training_range
 from entprune_ds.diffusion.prediction import loss_weight_of
 from entprune_ds.rng import normal_per_slot, uniform_per_slot
@@ -21,24 +21,32 @@ class Draws:
     """One batch at the border of the model.
 
     z_t (N,C,H,W); t (N,), in [0,1] for SiT, the original timestep 0..999 for DiT; labels (N,) i64; target (N,C,H,W),
-    for DiT (N,2C,H,W) with the noise in the first half and the data in the second.
+    for DiT (N,2C,H,W) with the noise in the first half and the data in the second. teacher, where there is one: its
+    whole prediction for these draws.
     """
 
     z_t: Tensor
     t: Tensor
     labels: Tensor
     target: Tensor
+    teacher: Tensor | None = None
+
+    @property
+    def wanted(self) -> tuple[Tensor, ...]:
+        """What the loss of a prediction takes beside it: (target, t), with a teacher also its prediction."""
+        return (self.target, self.t) if self.teacher is None else (self.target, self.t, self.teacher)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Draws:
         """Move to a device; z_t takes `dtype`, t and target keep f32 unless `dtype` is f64."""
         wide = torch.promote_types(dtype, torch.float32)
         return Draws(
-            self.z_t.to(device, dtype), self.t.to(device, wide), self.labels.to(device), self.target.to(device, wide)
-        )
+            self.z_t.to(device, dtype), self.t.to(device, wide), self.labels.to(device), self.target.to(device, wide),
+            None if self.teacher is None else self.teacher.to(device, wide),
+        )  # fmt: skip
 
-    def split(self, size: int) -> list[Draws]:
-        """Micro-batches of `size` examples."""
-        columns = (self.z_t.split(size), self.t.split(size), self.labels.split(size), self.target.split(size))
+    def split(self, size: int | list[int]) -> list[Draws]:
+        """Micro-batches of `size` examples, or of these sizes."""
+        columns = [column.split(size) for column in vars(self).values() if column is not None]
         return [Draws(*parts) for parts in zip(*columns, strict=True)]
 
 
@@ -67,6 +75,9 @@ class Objective(Protocol):
 
     def scoring_loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """The same for a prediction (N,C,H,W) without a learned-variance half, as Parts.head gives it."""
+
+    def output_loss(self, prediction: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
+        """Distance (N,) of a whole prediction from the teacher's, in the units of `loss`; 0 where they are equal."""
 
 
 def build_objective(model: ModelConfig, diffusion: DiffusionConfig) -> Objective:
@@ -111,6 +122,13 @@ class FlowObjective:
         """See Objective; a flow model has no variance half, so this is the loss."""
         return self.loss(prediction, target, t)
 
+    def output_loss(self, prediction: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
+        """See Objective; the loss with the teacher's velocity, or the noise that it implies, as the target."""
+        teacher = _at_least_single(teacher)
+        if self.prediction == "score":
+            teacher = -PATHS[self.path].at(expand(t.to(teacher), teacher)).sigma * teacher
+        return self.loss(prediction, teacher, t)
+
 
 @dataclass(frozen=True)
 class DiffusionObjective:
@@ -144,6 +162,14 @@ class DiffusionObjective:
     def scoring_loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """Squared error of epsilon alone; see Objective."""
         return mean_square(_at_least_single(prediction) - target[:, : self.channels])
+
+    def output_loss(self, prediction: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
+        """Squared error of epsilon + KL of the teacher's step from ours with epsilon detached; see Objective."""
+        epsilon, logits = _at_least_single(prediction).split(self.channels, dim=1)
+        wanted, wanted_logits = teacher.to(epsilon).split(self.channels, dim=1)
+        timesteps = t.to(epsilon.device).long()
+        divergence = step_divergence(epsilon.detach(), logits, wanted, wanted_logits, timesteps)
+        return mean_square(epsilon - wanted) + divergence
 
 
 def mean_square(difference: Tensor, weight: Tensor | float = 1.0) -> Tensor:

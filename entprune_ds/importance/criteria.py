@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from entprune_ds.importance.gradient_flow import measure_gradient_flow
 from entprune_ds.importance.learned import measure_learned
 from entprune_ds.importance.magnitude import measure_magnitude
 from entprune_ds.importance.measuring import Measuring
@@ -51,6 +52,8 @@ class Criterion:
     """Whether the order depends on the scores of a sweep."""
     needs_entropy: bool = False
     """Whether the order depends on an entropy, which needs spread in nearly every output element."""
+    races: bool = False
+    """Whether a recovery race, which trains, gives it its scores."""
 
 
 def removal_order(
@@ -107,6 +110,17 @@ def lowest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:
         if bad:
             raise ValueError(f"check {request.check}: blocks {bad} have no finite `{name}` score. Nothing was removed.")
         return sorted(values, key=lambda b: (values[b], -b))
+
+    return order
+
+
+def highest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:
+    """The order of a score that says how much is gained when a block goes."""
+    lowest_first = lowest_score_first(name)
+
+    def order(request: RankingRequest) -> list[int]:
+        lowest_first(request)  # finite scores, or its error
+        return sorted(request.kept_blocks, key=lambda b: (-request.scores[name][b].value, -b))
 
     return order
 
@@ -198,11 +212,17 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion(random_order),
     "every_other": Criterion(every_other),
     "explicit": Criterion(explicit),
+    "mse": Criterion(lowest_score_first("mse"), needs_sweep=True),
+    "ld_pruner": Criterion(lowest_score_first("ld_pruner"), needs_sweep=True),
+    "flux_lite": Criterion(lowest_score_first("flux_lite"), needs_sweep=True),
+    "shortgpt": Criterion(lowest_score_first("shortgpt"), needs_sweep=True),
     "magnitude_l1": Criterion(lowest_score_first("magnitude_l1"), measure_magnitude),
     "magnitude_l2": Criterion(lowest_score_first("magnitude_l2"), measure_magnitude),
     "taylor": Criterion(lowest_score_first("taylor"), measure_taylor),
     "diff_pruning": Criterion(lowest_score_first("diff_pruning"), measure_diff_pruning),
     "learned": Criterion(by_learned_gates, measure_learned),
     "combined": Criterion(rank_average),
+    "gradient_flow": Criterion(highest_score_first("gradient_flow"), measure=measure_gradient_flow),
+    "recovery_race": Criterion(lowest_score_first("recovery_race"), needs_sweep=True, races=True),
 }
 CRITERIA_NEED_SWEEP = frozenset(name for name, criterion in CRITERIA.items() if criterion.needs_sweep)

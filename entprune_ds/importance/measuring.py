@@ -11,6 +11,7 @@ from torch import Tensor
 from entprune_ds import comm
 from entprune_ds.config import Config
 from entprune_ds.importance.parts import Parts
+from entprune_ds.importance.stack_memory import KeptStreams
 from entprune_ds.importance.sweep_statistics import LossFn
 
 
@@ -55,6 +56,10 @@ class Measuring:
     """draw(purpose, count) -> the next draws of that purpose, equal on all ranks."""
     loss_fn: LossFn
     """(prediction (N,C,H,W), target, t) -> loss per example (N,)."""
+    streams: KeptStreams | None = None
+    """Of the same draws in an earlier round of a greedy ranking, which a sweep may start from."""
+    removable: int = 1
+    """Most blocks that this check may remove."""
 
 
 def my_share(batch: Batch) -> Batch:
