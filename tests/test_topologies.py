@@ -20,6 +20,7 @@ METHODS = {
     "regrow_micro_batch": ["prune.regrow_micro_batch=true"],
     "park=device": ["resize.park=device"],
     "criterion explicit": ["prune.criterion=explicit", "prune.explicit_order=[1,2]"],
+    "estimator low_rank": ["score.estimator=low_rank", "score.rank=4", "score.until=resolved", "score.max_draws=128"],
     "vote by NTK alone": ["prune.vote_weights=[1,0]"],
     "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
     "greedy scores and branches": ["score.mode=greedy", "score.unit=attention"],
