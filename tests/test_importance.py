@@ -255,7 +255,7 @@ def test_explicit_order_skips_what_is_gone_and_ends_with_what_is_not_listed():
 
 def test_table_of_criteria_is_that_of_the_config():
     assert tuple(CRITERIA) == config_checks_prune.CRITERIA
-    assert set(config_checks_prune.SWEEP_CRITERIA) == CRITERIA_NEED_SWEEP
+    assert {*config_checks_prune.SWEEP_CRITERIA, "recovery_race"} == CRITERIA_NEED_SWEEP
     with pytest.raises(ValueError, match=r"criterion `speed` is not known"):
         removal_order("speed", {}, [0], target_depth=1)
 

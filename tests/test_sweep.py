@@ -252,6 +252,11 @@ def test_greedy_keeps_no_more_streams_than_the_memory_holds_and_finds_the_same()
         samples.append(parts.samples)
     kept = KeptStreams(check(parts, list(range(6)), columns, "loss", 128, stack_memory=1).config, 1, 6)
     assert (kept.free_rows, kept.stride) == (9, 3)  # of 16 rows of 64 KiB the stack takes 7; 2 batches of 4 rows fit
+    offered, changes = torch.zeros(4, 128, 4, 16, dtype=torch.float64), torch.zeros(3, 2, 128)
+    for batch in range(3):  # one more than the settings say
+        kept.of(batch).offer([0, 1, 2], offered, changes)
+    assert [kept.of(batch).take(range(6)) is None for batch in range(3)] == [False, False, True]
+    assert kept.of(0).take([0, 1, 3, 4, 5]) is None and kept.rows == 4  # block 2 is gone
     assert orders[0] == orders[1] == greedy_order(model, "loss", columns, 4)[0]
     left, evaluations = list(range(6)), stacked(6)
     for block in orders[0][:3]:
@@ -270,8 +275,15 @@ def test_greedy_that_removes_one_block_ranks_as_one_scoring_does():
     assert found[0] == found[1]
 
 
-def test_two_ranks_rank_greedily_with_branches_as_one_process_does():
-    first, second = run_ranks("tests.workers.sweep:greedy_with_branches", world_size=2)
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict]:
+    """What two ranks find: a ranking, and a small run of the bench."""
+    words = ["--width", "32", "--depth", "4", "--draws", "4", "--check-draws", "32", "--batch", "8", "--micro", "4"]
+    return run_ranks("tests.workers.sweep:everything", world_size=2, words=[*words, "--repeats", "1"])
+
+
+def test_two_ranks_rank_greedily_with_branches_as_one_process_does(two_ranks):
+    first, second = (rank["ranking"] for rank in two_ranks)
     alone = greedy_with_branches()
     assert first == second and first["order"] == alone["order"]
     assert {"mse/attention", "mse/greedy1", "mse/greedy2", "flux_lite", "shortgpt/attention"} <= set(first["scores"])
@@ -328,3 +340,18 @@ def test_activations_that_are_not_finite_name_the_block_and_the_batch(spoilt, me
     m = check(ModuleParts(model), list(range(5)), columns, "loss", 6, unit="attention")
     with pytest.raises(RuntimeError, match=rf"{message}.*calibration batch 0"):
         measure_sweep(m)
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def test_the_bench_counts_what_runs_and_finds_no_difference(two_ranks):
+    found, other = (rank["bench"] for rank in two_ranks)
+    assert found["block_evaluations"] == other["block_evaluations"] == 10 and found["gathers"] == 4
+    assert found["block_evaluations_brute_force"] == found["gathers_brute_force"] == 16
+    assert found["max_relative_difference"] <= 1e-10
+    parts = found["check_in_steps"]
+    assert parts["total"] == pytest.approx(sum(parts[name] for name in ("sweep", "ntk", "zico", "agreeing")))
+    assert min(parts.values()) > 0 and found["share_of_100k_steps"] == pytest.approx(parts["total"] * 4 / 1e5)
+    assert min(found[name] for name in ("time_ratio", "time_ratio_cpu", "ced_over_floor", "floor_in_steps")) > 0
+    assert parts["sweep"] / found["floor_in_steps"] == pytest.approx(found["ced_over_floor"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from torch import Tensor
+
 from entprune_ds import comm
-from entprune_ds.importance.measuring import Batch, Measuring
+from entprune_ds.importance.measuring import Batch, Draw, Measuring
 from entprune_ds.importance.scores import Scores
 from entprune_ds.importance.stack_memory import KeptStreams
 
@@ -14,7 +16,7 @@ from entprune_ds.importance.stack_memory import KeptStreams
 class Replay:
     """Draws that every round sees again from the first."""
 
-    def __init__(self, draw: Callable[[str, int], Batch]):
+    def __init__(self, draw: Draw):
         self._draw = draw
         self._seen: dict[str, list[Batch]] = {}
         self._next: dict[str, int] = {}
@@ -23,11 +25,11 @@ class Replay:
         """Begin a round."""
         self._next = {}
 
-    def __call__(self, purpose: str, count: int) -> Batch:
+    def __call__(self, purpose: str, count: int, t: Tensor | None = None) -> Batch:
         """See Measuring.draw; every round asks for the same counts."""
         seen, place = self._seen.setdefault(purpose, []), self._next.get(purpose, 0)
         if place == len(seen):
-            seen.append(self._draw(purpose, count))
+            seen.append(self._draw(purpose, count, t))
         if len(seen[place].labels) != count:
             before = len(seen[place].labels)
             raise ValueError(f"draw {place} of {purpose} took {before} examples before and now {count}.")

@@ -43,6 +43,29 @@ class Candidate:
     zico_rank: float
     total: float
     """Weighted rank sum, lower wins."""
+    step_seconds: float = math.nan
+    """Time of an optimizer step, lower is better; NaN where it had no vote."""
+    time_rank: float = math.nan
+
+
+@dataclass(frozen=True)
+class RaceRound:
+    """Candidates of one round and their losses; NaN where a loss was not finite."""
+
+    steps: int
+    losses: dict[tuple[int, ...], float]
+    """By keep-set."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """A recovery race."""
+
+    winner: tuple[int, ...]
+    rounds: tuple[RaceRound, ...]
+    origins: dict[tuple[int, ...], str]
+    """Where each keep-set comes from."""
+    share_of_run: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +86,10 @@ class Decision:
     reason: str
     score_only: bool
     digest: str
+    race: Race | None = None
+    """criterion=recovery_race, where there was something to choose."""
+    held: str = ""
+    """Why the check had to wait; empty when it was free to choose."""
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -106,6 +133,8 @@ def decision_of(row: Mapping[str, Any]) -> Decision:
         reason=str(row.get("reason", "")),
         score_only=row.get("score_only") is True,
         digest=str(row.get("digest", "")),
+        race=_race(_object(row["race"])) if row.get("race") else None,
+        held=str(row.get("held", "")),
     )
 
 
@@ -158,9 +187,21 @@ def _score(row: Any) -> Score:
 
 
 def _candidate(row: Mapping[str, Any]) -> Candidate:
-    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total")
+    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total", "step_seconds", "time_rank")
     values = {name: _number(row, name) for name in names}
     return Candidate(depth=_integer(row, "depth"), kept_blocks=_blocks(row, "kept_blocks", []), **values)
+
+
+def _race(row: Mapping[str, Any]) -> Race:
+    rounds = []
+    for of_round in map(_object, _list(row, "rounds")):
+        losses = map(_object, _list(of_round, "losses"))
+        rounds.append(
+            RaceRound(_integer(of_round, "steps"), {_blocks(c, "kept_blocks"): _number(c, "loss") for c in losses})
+        )
+    entered = map(_object, _list(row, "candidates"))
+    origins = {_blocks(c, "kept_blocks"): str(c.get("origin", "")) for c in entered}
+    return Race(_blocks(row, "winner"), tuple(rounds), origins, number(row, "share_of_run"))
 
 
 def _number(row: Any, key: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from entprune_ds.config import Config, PruneConfig, ScoreConfig
@@ -28,7 +27,7 @@ def check(
     taken = iter(zip(*(c.split(batch_size) for c in columns), strict=True))
     return Measuring(
         parts=parts, kept_blocks=tuple(kept), config=config, check=0,
-        draw=lambda purpose, count: Batch(*next(taken)), loss_fn=mean_squared,
+        draw=lambda purpose, count, t=None: Batch(*next(taken)), loss_fn=mean_squared,
     )  # fmt: skip
 
 
@@ -37,5 +36,11 @@ def greedy_with_branches() -> dict:
     model = random_dit()
     m = check(ModuleParts(model), list(range(5)), draws(model, 24), "mse", 6, mode="greedy", unit="attention")
     scores, order = rank_blocks(m, 3)
-    torch.set_num_threads(1)
     return {"scores": scores_as_json(scores), "order": order}
+
+
+def everything(words: list[str]) -> dict:
+    """The same, and the figures of tools/bench_sweep.py, in one launch."""
+    from tools.bench_sweep import measure, parser
+
+    return {"ranking": greedy_with_branches(), "bench": measure(parser().parse_args(words))}
