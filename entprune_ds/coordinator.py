@@ -13,7 +13,7 @@ from entprune_ds import comm, fault_points
 from entprune_ds.config import Config, PruneConfig
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
 from entprune_ds.importance.criteria import find_criterion, removal_order
-from entprune_ds.importance.greedy import greedy_ranking
+from entprune_ds.importance.greedy import greedy_order, greedy_scores
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.measuring import Batch, Measuring
 from entprune_ds.importance.ntk import ntk_score
@@ -89,17 +89,20 @@ def rank_blocks(m: Measuring, removals: int) -> tuple[Scores, list[int]]:
     """
     prune = m.config.prune
 
-    def order(scores: Scores, kept_blocks: tuple[int, ...]) -> list[int]:
+    def agreed(m: Measuring) -> Scores:
+        scores = measure(m)
         comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
+        return scores
+
+    def order(scores: Scores, kept_blocks: tuple[int, ...]) -> list[int]:
         return removal_order(
             prune.criterion, scores, kept_blocks, target_depth=prune.target_depth or 1, seed=m.config.run.seed,
             check=m.check, explicit_order=prune.explicit_order,
         )  # fmt: skip
 
-    if m.config.score.mode == "greedy":
-        return greedy_ranking(m, measure, order, removals)
-    scores = measure(m)
-    return scores, order(scores, m.kept_blocks)
+    greedy = m.config.score.mode == "greedy"
+    scores = greedy_scores(m, agreed, order, removals) if greedy else agreed(m)
+    return scores, greedy_order(scores, prune.criterion, m.kept_blocks, order)
 
 
 def measure(m: Measuring) -> Scores:
