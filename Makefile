@@ -1,4 +1,5 @@
 # make demo   everything, from a bare clone: data, base model, pruning on 2 ranks, samples, figures, report
+# make compare  criteria side by side on digits (hours, resumable): docs/compare_digits.md
 # make test   the quick tests          make test-full   all matrices          make lint   ruff and mypy
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,10 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: install demo test test-full lint clean
+COMPARED := ced,ced_abs,loss,shortgpt,ld_pruner,taylor,random,every_other,gradient_flow,learned,recovery_race
+STUDIES := criteria,subsets,schedule,estimators,distill,sampling,depth
+
+.PHONY: install demo compare test test-full lint clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +26,12 @@ $(VENV)/.installed: setup.py constraints.txt tools/build_ops.py
 
 demo: install
 	$(BIN)/python tools/demo.py
+
+compare: install
+	test -f data_digits/val/index.json || $(BIN)/entprune-ds shards preset=digits out=data_digits
+	$(BIN)/entprune-ds compare preset=digits_compare criteria=[$(COMPARED)] study=[$(STUDIES)] $(SETTINGS)
+	cp runs/compare/compare.md docs/compare_digits.md
+	cp runs/compare/compare.json docs/compare_digits.json
 
 test: install lint
 	$(BIN)/python -m pytest -q -m "not full"

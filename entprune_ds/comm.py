@@ -153,6 +153,16 @@ def all_gather(tensor: Tensor) -> list[Tensor]:
     return gathered
 
 
+def all_gather_into(out: Tensor, part: Tensor) -> Tensor:
+    """The parts of all ranks (equal shapes), one after the other in `out`; returns it. Collective."""
+    if world_size() == 1:
+        out.copy_(part)
+    else:
+        dist.all_gather_into_tensor(out, part)
+    mark_progress()
+    return out
+
+
 def all_gather_json(value: Any) -> list[Any]:
     """The plain values of all ranks, in rank order. Collective."""
     if world_size() == 1:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from entprune_ds.config_checks import model_problems, problems_of
+from entprune_ds.config_methods import METHODS
 from entprune_ds.config_schema import (
     NOT_ARCHITECTURE,
     CompareConfig,
@@ -46,6 +47,7 @@ from entprune_ds.plain_yaml import read_yaml
 from entprune_ds.redact import redacted_values
 
 __all__ = [
+    "METHODS",
     "NOT_ARCHITECTURE",
     "PRESETS",
     "CompareConfig",
@@ -92,6 +94,9 @@ class ConfigError(ValueError):
 def load_config(arguments: list[str], check: typing.Callable[[Config], list[str]] | None = None) -> Config:
     """Merge defaults, `preset=NAME` and `key=value` arguments into a checked Config.
 
+    `prune.method` stands for what METHODS says: above the preset and below the other arguments. Where the preset
+    itself names a method, as the config.yaml of a run may, the rest of the preset counts more.
+
     Args:
         arguments: command-line words, each `key=value`; `preset` names a packaged preset or a file.
         check: further problems to look for; defaults to `problems_of`.
@@ -109,7 +114,14 @@ def load_config(arguments: list[str], check: typing.Callable[[Config], list[str]
             preset = text
         else:
             layers.append(_layer(key, text, problems))
-    layers.insert(0, _read_preset(preset, problems))
+    values = _read_preset(preset, problems)
+    file = _criterion_of(values)
+    if file.endswith(".py") and not any(map(_criterion_of, layers)):
+        message = (
+            f"preset `{preset}` sets `prune.criterion` to a file, whose code would run. Take it out; who wants it "
+        )
+        problems.append(message + f"writes prune.criterion={file} on the command line.")
+    layers = [_method_of([values]), values, _method_of(layers), *layers]
     interpolations = [p for layer in layers for p in _interpolations(layer)]
     problems += interpolations
     config = config_from_dict({} if interpolations else _merge(layers, problems), problems)
@@ -118,6 +130,13 @@ def load_config(arguments: list[str], check: typing.Callable[[Config], list[str]
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _method_of(layers: list[dict]) -> dict:
+    """What the last `prune.method` stands for; empty where there is none, or one that is refused later."""
+    sections = [layer["prune"] for layer in layers if isinstance(layer.get("prune"), dict)]
+    methods = [prune["method"] for prune in sections if "method" in prune]
+    return METHODS.get(str(methods[-1]), {}) if methods else {}
 
 
 def _layer(key: str, text: str, problems: list[str]) -> dict:
@@ -166,6 +185,12 @@ def _read_preset(name: str, problems: list[str]) -> dict:
         message = f"preset `{name}` sets `data.allow_pipe`, which lets shards run shell commands. "
         problems.append(message + "Take it out; who wants it writes data.allow_pipe=true on the command line.")
     return values or {}
+
+
+def _criterion_of(layer: dict) -> str:
+    """What a layer says about `prune.criterion`; empty where it says nothing."""
+    prune = layer.get("prune")
+    return str(prune.get("criterion", "")) if isinstance(prune, dict) else ""
 
 
 def _merge(layers: list[dict], problems: list[str]) -> dict:

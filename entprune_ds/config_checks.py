@@ -43,7 +43,7 @@ def problems_of(config: Config) -> list[str]:
         require(got >= 0, f"`data.{key}` must be at least 0, got {got}.")
     found += image_problems(config)
     positive("train", train, "num_steps", "global_batch_size", "micro_batch_size", "learning_rate", "checkpoint_every")
-    positive("train", train, "keep_checkpoints", "validation_draws")
+    positive("train", train, "stop_step", "keep_checkpoints", "validation_draws")
     require(train.validate_every >= 0, f"`train.validate_every` must be at least 0, got {train.validate_every}.")
     require(train.grad_clip >= 0, f"`train.grad_clip` must be at least 0, got {train.grad_clip}.")
     require(train.warmup_steps >= 0, f"`train.warmup_steps` must be at least 0, got {train.warmup_steps}.")

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+from entprune_ds.config_checks_methods import method_problems
+from entprune_ds.config_checks_score import estimator_problems
+from entprune_ds.config_checks_soft import soft_problems
+from entprune_ds.config_methods import METHODS
 from entprune_ds.config_schema import Config
 from entprune_ds.race_plan import race_problems
 
-CRITERIA = ("ced", "ced_abs", "loss", "random", "every_other", "explicit", "recovery_race")
+CRITERIA = (
+    "ced", "ced_abs", "loss", "random", "every_other", "explicit",
+    "mse", "ld_pruner", "flux_lite", "shortgpt",
+    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "learned", "combined", "gradient_flow",
+    "recovery_race",
+)  # fmt: skip
+SWEEP_CRITERIA = ("ced", "ced_abs", "loss", "mse", "ld_pruner", "flux_lite", "shortgpt")
+"""Those whose order depends on the scores of a sweep."""
+NOT_COMBINED = ("combined", "recovery_race")
+"""Criteria that `prune.combined` cannot hold: a race judges sets, not blocks."""
 
 
 def pruning_problems(config: Config) -> list[str]:
     """Impossible values of `prune.*`, `score.*` and the methods; the rest of the settings is sound."""
     prune, score, depth = config.prune, config.score, len(config.model.blocks)
     found: list[str] = []
-    if prune.criterion not in CRITERIA:
-        found.append(f"`prune.criterion` must be one of {', '.join(CRITERIA)}, got {prune.criterion}.")
+    found += _criterion_problems(config)
     minima = dict(num_checks=1, ntk_samples=2, ntk_repeats=1, zico_batches=2, zico_batch_size=1, max_blocks_per_check=1)
     if prune.rollback and not re.fullmatch(r"step_\d+", prune.rollback):
         found.append(f"`prune.rollback` must name a checkpoint, such as step_400, got {prune.rollback}.")
@@ -29,12 +42,20 @@ def pruning_problems(config: Config) -> list[str]:
         got = getattr(prune, key)
         if got is not None and got < least:
             found.append(f"`prune.{key}` must be at least {least}, got {got}.")
-    if min(prune.vote_weights) < 0 or sum(prune.vote_weights) <= 0:
-        found.append(f"`prune.vote_weights` must be at least 0 and not both 0, got {list(prune.vote_weights)}.")
+    weights = prune.vote_weights
+    if len(weights) != 3:
+        message = f"`prune.vote_weights` must be 3 numbers (NTK, ZiCo, step time), got {list(weights)}. "
+        found.append(message + "Write 0 for what has no vote, e.g. [1,1,0].")
+    elif min(weights) < 0 or sum(weights) <= 0:
+        found.append(f"`prune.vote_weights` must be at least 0 and not all 0, got {list(weights)}.")
     if prune.vote_tolerance < 0:
         found.append(f"`prune.vote_tolerance` must be at least 0, got {prune.vote_tolerance}.")
-    found += _score_problems(config)
-    if prune.target_depth is None or found:
+    found += _score_problems(config) or estimator_problems(config, (*SWEEP_CRITERIA, "recovery_race"))
+    found += [*method_problems(config), *soft_problems(config)]
+    found += _waiting_problems(config)
+    if prune.method and prune.method not in METHODS:
+        found.append(f"`prune.method` must be empty or one of {', '.join(METHODS)}, got {prune.method}.")
+    if prune.target_depth is None or config.soft.every or found:
         return found
     if not 1 <= prune.target_depth < depth:
         if prune.target_depth < 1:
@@ -62,18 +83,82 @@ def pruning_problems(config: Config) -> list[str]:
         if len(set(order)) != len(order) or not set(order) <= set(config.model.blocks) or len(order) < to_remove:
             message = f"`prune.explicit_order` must list at least {to_remove} different present blocks, "
             found.append(message + f"got {list(order)}.")
+    found += _protected_problems(config)
     if prune.criterion == "recovery_race" and not found:
         found += race_problems(config)
     return found
 
 
+def _waiting_problems(config: Config) -> list[str]:
+    """Values of what a check may wait for."""
+    prune, found = config.prune, []
+    for key in ("min_steps_between", "recovery_tolerance"):
+        got = getattr(prune, key)
+        if got is not None and got < 0:
+            found.append(f"`prune.{key}` must be at least 0, got {got}.")
+    if prune.recovery_tolerance is not None and not config.train.validate_every:
+        message = "`prune.recovery_tolerance` looks at the validation loss, but `train.validate_every` is 0. "
+        found.append(message + "Set that, or prune.recovery_tolerance=null.")
+    return found
+
+
+def _protected_problems(config: Config) -> list[str]:
+    """Protected blocks that are not there, or leave too few to be removed."""
+    prune, blocks = config.prune, config.model.blocks
+    unknown = [b for b in prune.protected_blocks if b not in blocks and not -len(blocks) <= b < 0]
+    if unknown:
+        message = f"`prune.protected_blocks` names {unknown}, but the model has blocks {list(blocks)}. "
+        return [message + "Take them out; -1 is the last block."]
+    protected = sorted({blocks[b] if b < 0 else b for b in prune.protected_blocks})
+    if len(protected) > (prune.target_depth or 0):
+        message = f"`prune.protected_blocks` keeps {len(protected)} of {len(blocks)} blocks for good, more than "
+        message += f"`prune.target_depth` ({prune.target_depth}). Protect fewer, or raise prune.target_depth."
+        return [message]
+    both = [b for b in prune.explicit_order if b in protected] if prune.criterion == "explicit" else []
+    if both:
+        return [f"`prune.explicit_order` removes {both}, which `prune.protected_blocks` keeps. Take them out of one."]
+    return []
+
+
 def _score_problems(config: Config) -> list[str]:
     """Values of `score.*`."""
     score, found = config.score, []
-    for key, least in dict(draws=2, batch_size=1).items():
+    for key, least in dict(draws=2, batch_size=1, stack_memory=1).items():
         if getattr(score, key) < least:
             found.append(f"`score.{key}` must be at least {least}, got {getattr(score, key)}.")
-    for key, known in dict(dtype=("float32", "float64"), sweep=("always", "needed")).items():
+    choices: dict[str, tuple[str, ...]] = dict(dtype=("float32", "float64"), sweep=("always", "needed"))
+    choices |= dict(unit=("block", "attention", "mlp"), mode=("once", "greedy"), weights=("raw", "ema"))
+    for key, known in choices.items():
         if getattr(score, key) not in known:
             found.append(f"`score.{key}` must be one of {', '.join(known)}, got {getattr(score, key)}.")
+    unknown = [name for name in score.criteria if name not in CRITERIA]
+    if unknown:
+        found.append(f"`score.criteria` must be among {', '.join(CRITERIA)}, got {', '.join(unknown)}.")
+    if score.mode == "greedy" and config.prune.criterion not in SWEEP_CRITERIA:
+        message = f"`score.mode=greedy` scores again by the sweep, on which `prune.criterion` {config.prune.criterion} "
+        found.append(message + f"does not depend. Set score.mode=once, or choose one of {', '.join(SWEEP_CRITERIA)}.")
     return found
+
+
+def _criterion_problems(config: Config) -> list[str]:
+    """The name, file or combination of `prune.criterion`."""
+    criterion = config.prune.criterion
+    if criterion.endswith(".py"):
+        if Path(criterion).is_file():
+            return []
+        return [
+            f"`prune.criterion` is {criterion}, which is not a file. Correct the path: docs/CRITERIA.md has an example."
+        ]
+    if criterion not in CRITERIA:
+        return [f"`prune.criterion` must be one of {', '.join(CRITERIA)}, or a path that ends in .py, got {criterion}."]
+    try:
+        weights = config.prune.combined_weights
+    except ValueError as problem:
+        return [str(problem)]
+    unknown = [name for name in weights if name not in CRITERIA or name in NOT_COMBINED]
+    if unknown:
+        members = ", ".join(name for name in CRITERIA if name not in NOT_COMBINED)
+        return [f"`prune.combined` may hold {members}, got {', '.join(unknown)}."]
+    if criterion == "combined" and not weights:
+        return ["`prune.criterion=combined` needs `prune.combined`, such as prune.combined=[ced:1,loss:0.5]. Set it."]
+    return []

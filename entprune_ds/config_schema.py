@@ -107,6 +107,8 @@ class DiffusionConfig:
 class TrainConfig:
     num_steps: int = 1000
     """Optimizer steps of the whole run."""
+    stop_step: int | None = None
+    """End here, with a checkpoint and a model; the same command with a later one, or none, goes on to num_steps."""
     global_batch_size: int = 256
     """Examples per optimizer step over all ranks = micro batch x accumulation x data-parallel size."""
     micro_batch_size: int | None = None
@@ -165,6 +167,8 @@ class MonitorConfig:
     """Log to Weights & Biases (offline when no API key is set)."""
     wandb_project: str = "entprune_ds"
     """Weights & Biases project."""
+    count_macs: bool = False
+    """Count the multiply-accumulates of every check, and of the first step at every architecture (`compare` does)."""
 
 
 @dataclass(frozen=True, kw_only=True)

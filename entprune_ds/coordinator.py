@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +12,27 @@ from torch import Tensor
 from entprune_ds import comm, fault_points
 from entprune_ds.config import Config, PruneConfig
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
-from entprune_ds.importance.criteria import find_criterion, removal_order
-from entprune_ds.importance.leave_one_out import measure_sweep
-from entprune_ds.importance.measuring import Batch, Measuring
 from entprune_ds.importance.ntk import ntk_score
 from entprune_ds.importance.parts import Parts
-from entprune_ds.importance.scores import Scores, scores_as_json
+from entprune_ds.importance.scores import scores_as_json
 from entprune_ds.importance.zico import zico_score
 from entprune_ds.pruning.decision import PruneDecision
-from entprune_ds.pruning.schedule import blocks_at_depth, blocks_per_check, candidate_depths
-from entprune_ds.pruning.vote import Candidate, vote
+from entprune_ds.pruning.policy import open_depths, propose, state_of
+from entprune_ds.pruning.schedule import blocks_at_depth
+from entprune_ds.pruning.trend import Validation
+from entprune_ds.pruning.vote import Candidate
+from entprune_ds.ranking import Examples, HoldRace, Ranking, measure, measuring, rank_blocks
 from entprune_ds.rng import generator_for
 
-Examples = Callable[[str, int], tuple[Tensor, Tensor]]
-"""examples(purpose, count) -> the next latents (count,C,H,W) and labels (count,) of a purpose, equal on all ranks."""
 
-HoldRace = Callable[[Measuring, Scores], tuple[Scores, dict[str, Any], Parts]]
-"""hold_race(check, scores of the sweep) -> scores of the race, its record, and the model as it is read from now on."""
+@dataclass(frozen=True)
+class History:
+    """What the run has gone through, as far as a check looks at it."""
+
+    last_removal: int | None = None
+    """Step of the last removal; None before any."""
+    validations: tuple[Validation, ...] = ()
+    """Validation losses, in order."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class CheckTimes:
 def run_check(
     parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, step: int, original_depth: int,
     examples: Examples, recut: Callable[[PruneDecision], tuple[int, ...] | None] = lambda decision: None,
-    hold_race: HoldRace | None = None,
+    hold_race: HoldRace | None = None, history: History = History(),
+    step_seconds: Callable[[tuple[int, ...]], float] | None = None,
 ) -> tuple[PruneDecision, CheckTimes]:  # fmt: skip
     """Score every block, vote on the depth, and agree on a decision. Collective: all ranks call.
 
@@ -59,75 +63,46 @@ def run_check(
         examples: calibration data.
         recut: blocks per pipeline stage for what stays, None without a pipeline; collective.
         hold_race: for a criterion that races; collective.
+        history: of the run.
+        step_seconds: time of a step with these blocks, equal on all ranks; asked only where it votes; collective.
 
     Raises:
         ValueError: when the criterion races and nothing is there to train.
-        DistributedError: on all ranks, when outputs are not finite or the ranks do not agree.
+        DistributedError: on all ranks, when outputs are not finite, the target is out of reach, or the ranks do not
+            agree.
     """
-    prune, seed = config.prune, config.run.seed
     start = time.perf_counter()
-    m = measuring(parts, kept_blocks, config, check, examples)
-    scores, record = measure(m), dict[str, Any]()
-    scored = time.perf_counter()
-    if find_criterion(prune.criterion).races:
-        if hold_race is None:
-            message = f"`prune.criterion` {prune.criterion} trains candidates, which needs a training run. "
-            raise ValueError(message + "Choose another.")
-        raced, record, parts = hold_race(m, scores)
-        scores |= raced
-    comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
-    target = config.prune.target_depth or 1
-    order = removal_order(
-        prune.criterion, scores, kept_blocks, target_depth=target, seed=seed, check=check,
-        explicit_order=prune.explicit_order,
-    )  # fmt: skip
-    ordered = time.perf_counter()
-    cap = blocks_per_check(prune, original_depth)
-    if prune.score_only:  # nothing goes, so the last checks would be out of reach of any cap
-        cap = max(cap, len(kept_blocks) - target)
-    depths = candidate_depths(len(kept_blocks), target, cap, prune.num_checks - check)
-    objective = build_objective(config.model, config.diffusion)
-    draws = proxy_draws(objective, prune, seed, check, examples)
-    keep_sets = [tuple(blocks_at_depth(kept_blocks, order, depth)) for depth in depths]
-    candidates = [measure_candidate(parts, kept, draws, objective, prune, seed, check) for kept in keep_sets]
-    proposal = _decide(candidates, prune, check, step, kept_blocks, order, scores) if comm.is_main() else None
-    if proposal is not None:
-        proposal = replace(proposal, race=record)
+    state = state_of(config, check, step, kept_blocks, original_depth, history.last_removal, history.validations)
+    try:
+        choice = open_depths(state)
+    except ValueError as problem:  # the same on all ranks
+        raise comm.DistributedError(str(problem)) from problem
+    removable = min(state.cap, state.depth - state.target_depth)
+    m = measuring(parts, kept_blocks, config, check, examples, removable)
+    if choice.removes_nothing:
+        ranking = Ranking(measure(m, for_the_record=True), [], parts)
+    else:
+        ranking = rank_blocks(m, state, hold_race)
+    ranked = time.perf_counter()
+    candidates: list[Candidate] = []
+    if not choice.removes_nothing:
+        objective = build_objective(config.model, config.diffusion)
+        draws = proxy_draws(objective, config.prune, config.run.seed, check, examples)
+        for kept in [tuple(blocks_at_depth(kept_blocks, ranking.order, depth)) for depth in choice.depths]:
+            found = measure_candidate(ranking.parts, kept, draws, objective, config.prune, config.run.seed, check)
+            timed = step_seconds(kept) if state.vote_weights[2] and step_seconds is not None else None
+            candidates.append(replace(found, step_seconds=timed))
+    proposal = None
+    if comm.is_main():
+        proposal = propose(state, ranking.order, candidates, scores_as_json(ranking.scores))
+        proposal = replace(proposal, race=ranking.race)
     fault_points.reach("broadcast")
     decision = PruneDecision.from_json(comm.broadcast_json(None if proposal is None else proposal.to_json()))
     if not decision.score_only:
         decision = replace(decision, cut=recut(decision))
     comm.assert_same_on_all_ranks(decision.digest, "the pruning decision")
-    return decision, CheckTimes(scored - start, time.perf_counter() - ordered, ordered - scored)
-
-
-def measure(m: Measuring) -> Scores:
-    """What the criterion needs, and the sweep for the record unless score.sweep=needed. Collective."""
-    criterion = find_criterion(m.config.prune.criterion)
-    scores: Scores = {}
-    if m.config.score.sweep == "always" or criterion.needs_sweep:
-        scores |= measure_sweep(m, entropy_needed=criterion.needs_entropy)
-    if criterion.measure is not None:
-        scores |= criterion.measure(m)
-    return scores
-
-
-def measuring(parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, examples: Examples) -> Measuring:
-    """A check as criteria see it: draws of this check's own random streams."""
-    objective = build_objective(config.model, config.diffusion)
-    taken: dict[str, int] = {}
-
-    def draw(purpose: str, count: int) -> Batch:
-        first = taken.get(purpose, 0)
-        taken[purpose] = first + count
-        latents, labels = examples(purpose, count)
-        slots = range(first, first + count)
-        draws = objective.make_draws(latents, labels, slots, seed=config.run.seed, purpose=purpose, step=check)
-        return Batch(draws.z_t, draws.t, draws.labels, draws.target)
-
-    return Measuring(
-        parts=parts, kept_blocks=kept_blocks, config=config, check=check, draw=draw, loss_fn=objective.scoring_loss
-    )
+    scoring = ranked - start - ranking.race_seconds
+    return decision, CheckTimes(scoring, time.perf_counter() - ranked, ranking.race_seconds)
 
 
 @dataclass(frozen=True)
@@ -143,9 +118,7 @@ def proxy_draws(objective: Objective, prune: PruneConfig, seed: int, check: int,
     ntk, zico = prune.ntk_samples * prune.ntk_repeats, prune.zico_batch_size * prune.zico_batches
     latents, labels = examples("proxies", ntk + zico)
     draws = objective.make_draws(latents, labels, range(ntk + zico), seed=seed, purpose="proxies", step=check)
-    first, rest = (
-        Draws(*columns) for columns in zip(*(c.split([ntk, zico]) for c in vars(draws).values()), strict=True)
-    )
+    first, rest = draws.split([ntk, zico])
     return ProxyDraws(first.split(prune.ntk_samples), rest.split(prune.zico_batch_size))
 
 
@@ -169,35 +142,3 @@ def measure_candidate(
     return Candidate(
         depth=len(kept_blocks), kept_blocks=kept_blocks, ntk=ntk.median, zico_mean=zico.mean, zico_sum=zico.total
     )
-
-
-def _decide(
-    candidates: list[Candidate], prune: PruneConfig, check: int, step: int, kept_blocks: tuple[int, ...],
-    order: list[int], scores: Scores,
-) -> PruneDecision:  # fmt: skip
-    """Rank 0: the vote, written down as a value."""
-    outcome = vote(candidates, prune.vote_weights, prune.vote_tolerance)
-    chosen = outcome.chosen
-    forced = candidates[0].depth < len(kept_blocks)
-    dropped = tuple(b for b in kept_blocks if b not in chosen.kept_blocks)
-    return PruneDecision(
-        check=check, step=step, criterion=prune.criterion, kept_before=kept_blocks, dropped=dropped,
-        kept_blocks=chosen.kept_blocks, order=tuple(order), scores=scores_as_json(scores),  # type: ignore[arg-type]
-        candidates=outcome.as_json(), chosen_depth=chosen.depth, forced=forced,
-        reason=_reason(len(kept_blocks), chosen.depth, candidates, outcome.tied_depths, prune, check),
-        score_only=prune.score_only,
-    )  # fmt: skip
-
-
-def _reason(
-    depth: int, chosen: int, candidates: list[Candidate], equal: list[int], prune: PruneConfig, check: int
-) -> str:
-    if len(candidates) == 1:
-        last = check == prune.num_checks - 1
-        why = "the last check reaches the target" if last else "only this depth leaves the target within reach"
-        return f"{depth} -> {chosen}: {why}."
-    at_least = depth - candidates[0].depth
-    floor = f"; at least {at_least} had to go" if at_least else ""
-    depths = [c.depth for c in candidates]
-    tied = f"; depths {equal} tie and the deepest wins" if len(equal) > 1 else ""
-    return f"{depth} -> {chosen}: lowest weighted sum of the NTK and ZiCo ranks among depths {depths}{tied}{floor}."

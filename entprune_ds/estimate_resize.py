@@ -31,12 +31,12 @@ class ResizeEstimate:
 
 
 def resize_estimate(config: Config, world_size: int, constants: dict[str, Any]) -> ResizeEstimate | None:
-    """The first removal at its largest; None when nothing will be removed.
+    """The first removal at its largest; None when nothing will be removed, or by a mask that is not known yet.
 
     Which blocks go is known only then: here they lie evenly over the depth.
     """
     depth, prune = len(config.model.blocks), config.prune
-    if prune.target_depth is None or prune.score_only:
+    if prune.target_depth is None or prune.score_only or config.soft.every:
         return None
     count = min(blocks_per_check(prune, depth), depth - prune.target_depth)
     return removal_estimate(config, world_size, evenly(config.model.blocks, count), constants)

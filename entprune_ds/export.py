@@ -21,6 +21,8 @@ from entprune_ds.interop.official import write_official
 from entprune_ds.interop.safetensors import write_export
 from entprune_ds.interop.source import Source, architecture, change_classes, keep_blocks
 from entprune_ds.interop.weights import open_weights
+from entprune_ds.pruning.folding import column_factors
+from entprune_ds.pruning.soft_mask import SoftState
 
 FORMATS = ("entprune", "official", "diffusers")
 INHERITED = ("source", "source_license", "trained_with", "label_table")
@@ -42,20 +44,23 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str) -> Path:
 
 
 def checkpoint_source(checkpoint: Checkpoint, weights: str) -> Source:
-    """The weights of a checkpoint at rest: "ema" or "raw". Local."""
+    """The weights of a checkpoint at rest: "ema" or "raw", with the gates of soft pruning folded in. Local."""
     key = {"ema": "ema", "raw": "weight"}[weights]
     shapes = {n: tuple(s) for n, s in checkpoint.manifest["shapes"].items()}
-    read_range = range_reader(checkpoint, (key,))
+    read_range, record = range_reader(checkpoint, (key,)), checkpoint.manifest["record"]
+    config = config_from_dict(record["config"])
+    gates = SoftState.from_json(record["soft"]).gates() if record.get("soft") else {}
 
     def read(name: str) -> Tensor:
-        return read_range(name, 0, math.prod(shapes[name]))[key].view(shapes[name])
+        tensor = read_range(name, 0, math.prod(shapes[name]))[key].view(shapes[name])
+        factors = column_factors(name, gates, config.model.head_size)
+        return tensor if factors is None else tensor * factors.to(tensor.dtype)
 
-    config = config_from_dict(checkpoint.manifest["record"]["config"])
     facts = _inherited(config) | {
         "weights": weights,
         "step": checkpoint.step,
         "diffusion": to_dict(config)["diffusion"],
-        "config_digest": digest(checkpoint.manifest["record"]["config"]),
+        "config_digest": digest(record["config"]),
         "commit": commit(),
     }
     return Source(checkpoint.model(config.model), read, facts)

@@ -8,26 +8,30 @@ from pathlib import Path
 import yaml
 
 from entprune_ds.config import Config, config_from_dict, problems_of, to_dict
+from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
-from entprune_ds.importance.criteria import CRITERIA
+from entprune_ds.importance.stack_memory import stack_problem
 from entprune_ds.interop.weights import starting_problems
+from entprune_ds.pruning.schedule import schedule_problem
 from entprune_ds.rollback import rollback_pending, rollback_problem
+from entprune_ds.teacher import teacher_problems
 
 CHECKSUM_LIMIT = 2**30
 """Shards up to this many bytes are verified whole before the start; larger ones when first opened."""
 
 FREE_SECTIONS = ("parallel", "monitor", "evaluate", "sample", "compare")
-PRUNING_SECTIONS = ("prune", "score", "race", "learned", "soft")
+PRUNING_SECTIONS = ("prune", "score", "race", "learned", "soft", "distill")
 """Settings that may change when a run goes back to the checkpoint before a removal."""
 FREE_KEYS = (
     "run.name", "run.root", "run.timeout_seconds", "data.shards", "data.val_shards", "data.out", "data.shard_size",
     "data.source", "data.src", "data.image_size", "data.num_classes", "data.val_fraction", "data.max_unreadable",
     "data.max_pixels", "data.encode_batch", "data.encode_dtype", "data.num_workers", "data.prefetch",
     "data.max_skipped", "data.allow_pipe", "model.weights", "model.compile", "model.activation_checkpointing",
-    "train.num_steps", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.validation_draws", "prune.rollback",
+    "train.num_steps", "train.stop_step", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.validate_every", "train.validation_draws", "prune.rollback", "distill.teacher", "distill.placement",
+    "prune.method", "score.criteria", "score.weights", "score.out",
 )  # fmt: skip
 
 
@@ -57,17 +61,43 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
         found.append(message + f"got {config.race.validation_draws}.")
     if config.train.validation_draws < world_size:
         found.append(f"`train.validation_draws` must be at least the number of ranks ({world_size}).")
+    if (problem := schedule_problem(config)) is not None:
+        found.append(problem)
+    waits = prune.target_depth is not None and prune.recovery_tolerance is not None
+    if waits and config.data.shards and not validation_spec(config):
+        message = "`prune.recovery_tolerance` looks at the validation loss, but there is no validation data. Set "
+        found.append(message + "data.val_shards, or prune.recovery_tolerance=null.")
     if config.data.shards or data_needed:
-        found += _data_problems(config)
+        found += data_problems(config)
     resuming = bool(step_folders(config.run_dir / "checkpoints"))
     if config.model.weights and not resuming:
         found += starting_problems(config.model, config.diffusion, Path(config.model.weights))
-    entropy = prune.target_depth is not None and CRITERIA[prune.criterion].needs_entropy
-    if entropy and prune.start_step == 0 and not config.model.weights and not resuming:
-        message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
-        found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
+    found += _criterion_problems(config, world_size, trained=bool(config.model.weights) or resuming)
+    found += teacher_problems(config)
     problem = rollback_problem(config)
     return found + _resume_problems(config) + ([problem] if problem else [])
+
+
+def _criterion_problems(config: Config, world_size: int, trained: bool) -> list[str]:
+    """What the criterion of a pruning run lacks; a user's file is loaded."""
+    prune = config.prune
+    if prune.target_depth is None or config.soft.every:
+        return []
+    try:
+        criterion = chosen_criterion(prune)
+    except ValueError as error:
+        return [str(error)]
+    found = []
+    if config.score.sweep == "always" or criterion.needs_sweep:
+        problem = stack_problem(config, world_size, len(config.model.blocks))
+        found += [problem] if problem is not None else []
+    if criterion.needs_entropy and prune.start_step == 0 and not trained:
+        message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
+        found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
+    if "learned" in (prune.criterion, *prune.combined_weights) and config.learned.batch_size < world_size:
+        message = f"`learned.batch_size` must be at least the number of ranks ({world_size}), "
+        found.append(message + f"got {config.learned.batch_size}.")
+    return found
 
 
 def validation_spec(config: Config) -> str:
@@ -76,7 +106,8 @@ def validation_spec(config: Config) -> str:
     return config.data.val_shards or (str(beside) if (beside / "index.json").is_file() else "")
 
 
-def _data_problems(config: Config) -> list[str]:
+def data_problems(config: Config) -> list[str]:
+    """Shards that are missing or damaged, or do not fit the model."""
     if not config.data.shards:
         return [
             "`data.shards` is empty. Give a folder written by `entprune-ds shards`, e.g. data.shards=data_digits/train."
@@ -140,7 +171,14 @@ def _resume_problems(config: Config) -> list[str]:
     if steps < old_steps:
         message = f"`train.num_steps` is {steps}, but {config.run_dir} was started with {old_steps}. "
         found.append(message + "A resume may only raise it.")
-    elif steps > old_steps and config.prune.target_depth and config.prune.end_step is None:
+    elif steps > old_steps and _end_moves(config):
         message = f"`train.num_steps` was raised from {old_steps} to {steps}, which would move the pruning checks. "
         found.append(message + "Finish that run, and start another with its model (model.weights) to train on.")
     return found
+
+
+def _end_moves(config: Config) -> bool:
+    """Whether the end of the pruning follows train.num_steps."""
+    if config.soft.every:
+        return config.soft.end_step is None
+    return config.prune.target_depth is not None and config.prune.end_step is None

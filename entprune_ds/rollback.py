@@ -13,7 +13,7 @@ from entprune_ds.atomic import write_text
 from entprune_ds.config import Config, PruneConfig, config_from_dict
 from entprune_ds.engine.checkpoint import file_problems, read_checkpoint, step_folders
 from entprune_ds.logs import get_logger
-from entprune_ds.pruning.schedule import blocks_per_check, planned_checks
+from entprune_ds.pruning.schedule import blocks_per_check, planned_checks, usable_checks
 
 
 def step_of(name: str) -> int:
@@ -68,12 +68,12 @@ def rollback_problem(config: Config) -> str | None:
 
 def _schedule_problem(config: Config, name: str, depth: int) -> str | None:
     prune = config.prune
-    if prune.target_depth is None or prune.score_only:
+    if prune.target_depth is None or prune.score_only or config.soft.every:
         return None
     if prune.target_depth > depth:
         message = f"`prune.target_depth` is {prune.target_depth}, but {name} holds {depth} blocks. Lower it, or give "
         return message + "`prune.rollback` an earlier checkpoint."
-    left = len([step for step in planned_checks(config) if step >= step_of(name)])
+    left = usable_checks([s for s in planned_checks(config) if s >= step_of(name)], None, prune.min_steps_between)
     cap = blocks_per_check(prune, len(config.model.blocks))
     if depth - prune.target_depth <= cap * left:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,14 +39,18 @@ from entprune_ds.monitor.metrics import metrics_size, open_monitor, rewind_metri
 from entprune_ds.preflight import validation_spec
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.schedule import planned_checks
+from entprune_ds.pruning.soft_mask import SoftState
+from entprune_ds.pruning.trend import Validation, validations_from
+from entprune_ds.recovery import PlainRecovery, Recovery, open_recovery
 from entprune_ds.rollback import roll_back, rollback_done
+from entprune_ds.soft_pruning import open_soft
 
 log = get_logger()
 
 
 @dataclass
 class Run:
-    """Everything that a step of the loop may touch. What a resume restores: engine, stream, step, decisions."""
+    """Everything that a step of the loop may touch. What a resume restores: engine, stream, step, decisions, soft."""
 
     config: Config
     engine: Engine
@@ -65,6 +70,19 @@ class Run:
     """Whether the stream of this start has given a batch."""
     validated: tuple[int, int] = (-1, -1)
     """Step and depth of the newest validation."""
+    counted: ModelConfig | None = None
+    """Architecture whose training step has been counted (monitor.count_macs)."""
+    soft: SoftState | None = None
+    """The mask of soft pruning."""
+    recovery: Recovery = field(default_factory=PlainRecovery)
+    """How the loop trains: alone or with a teacher."""
+    validations: list[Validation] = field(default_factory=list)
+    """Validation losses of the training weights so far."""
+
+    @property
+    def last_removal(self) -> int | None:
+        """Step of the last removal; None before any."""
+        return max((d.step for d in self.decisions if d.removes and not d.score_only), default=None)
 
     @property
     def objective(self) -> Objective:
@@ -84,7 +102,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     model_config = config.model if found is None else found.model(config.model)
     engine = build_engine(config, model_config, *saved_cut(config, found))
     stream = open_stream(config, engine)
-    step, decisions, metrics_bytes = 0, [], 0  # a run from the start keeps no earlier line
+    step, decisions, metrics_bytes, validations = 0, [], 0, []  # a run from the start keeps no earlier line
     if found is not None:
         load_checkpoint(engine, found)
         step, record = found.step, found.manifest["record"]
@@ -93,7 +111,7 @@ def open_run(config: Config, arguments: list[str]) -> Run:
         except ValueError as problem:  # the same on all ranks
             raise comm.DistributedError(f"{found.folder}: {problem}") from problem
         decisions = [PruneDecision.from_json(d) for d in record["decisions"]]
-        metrics_bytes = record.get("metrics_bytes")
+        metrics_bytes, validations = record.get("metrics_bytes"), validations_from(record.get("validations", []))
         log.info("resumed from %s: step %d, depth %d", found.folder, step, engine.depth)
         before = record["config"]["model"]["weights"]
         if config.model.weights != before:
@@ -104,10 +122,13 @@ def open_run(config: Config, arguments: list[str]) -> Run:
         log.info("started from %s at depth %d", config.model.weights, engine.depth)
     else:
         initialize_fresh(engine, config.run.seed)
+    recovery = open_recovery(config, engine, {} if found is None else found.manifest["record"])
     monitor = open_folder(config, arguments, step, decisions, metrics_bytes)
     run = Run(config, engine, stream, monitor, step=step, decisions=decisions, checks=planned_checks(config))
+    run.recovery = recovery
     run.saved = step if found is not None else -1
-    run.validation = validation_draws(config)
+    run.validation, run.validations = validation_draws(config), validations
+    run.soft = open_soft(config, engine, None if found is None else found.manifest["record"].get("soft"))
     return run
 
 
@@ -236,8 +257,11 @@ def checkpoint(run: Run) -> None:
         "cut": run.engine.cut,
         "costs": costs_as_json(run.engine.costs),
         "decisions": [d.to_json() for d in run.decisions],
+        "soft": None if run.soft is None else run.soft.to_json(),
         "config": to_stored(run.config),
         "metrics_bytes": metrics_size(run.folder),
+        "teacher": run.recovery.digest,
+        "validations": [[step, size, v if math.isfinite(v) else None] for step, size, v in run.validations],
     }
     root = run.folder / "checkpoints"
     save_checkpoint(run.engine, root, run.step, record)

@@ -16,6 +16,7 @@ from entprune_ds.evaluation.generate import NoiseAt, generate, make_labels
 from entprune_ds.evaluation.images import save_grid
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import ProgressLine, get_logger
+from entprune_ds.mac_counter import MacCounter
 from entprune_ds.run_state import Run
 from entprune_ds.validation import validation_loss
 
@@ -38,6 +39,7 @@ def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
     }  # fmt: skip
     if norm is not None:
         values["train/grad_norm"] = float(norm)
+    values |= run.recovery.metrics(engine)
     run.monitor.log(run.step, values)
     line.update(run.step, f"loss {mean:.4f}  depth {engine.depth}  {rate:.0f} examples/s")
     if not math.isfinite(mean):
@@ -54,8 +56,17 @@ def validate(run: Run) -> None:
         f"train/validation_loss{suffix}": validation_loss(ShardedView(run.engine, key), run.validation, run.objective)
         for key, suffix in (("weight", ""), ("ema", "_ema"))
     }
+    size = sum(math.prod(shape) for shape in run.engine.shapes.values())
+    run.validations.append((run.step, size, values["train/validation_loss"]))
     run.monitor.log(run.step, values | {"train/depth": run.engine.depth})
     log.info("step %d: validation loss %.5f, EMA %.5f", run.step, *values.values())
+
+
+def log_macs(run: Run, name: str, counter: MacCounter | None) -> None:
+    """Log the multiply-accumulates of all ranks together, where they were counted. Collective."""
+    if counter is not None:
+        macs = comm.all_reduce_sum(torch.tensor([counter.macs], dtype=torch.int64, device=comm.device()))
+        run.monitor.log(run.step, {name: int(macs.item())})
 
 
 def sample_grid(run: Run, name: str, watch: Callable[[int, str], None] = lambda done, text: None) -> None:

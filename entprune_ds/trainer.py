@@ -11,13 +11,14 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.config import Config
-from entprune_ds.coordinator import Examples, run_check
+from entprune_ds.coordinator import Examples, History, run_check
 from entprune_ds.data.latents import Batch
 from entprune_ds.data.stream import Stream
 from entprune_ds.diffusion.objective import Draws
-from entprune_ds.engine.build import train_step
+from entprune_ds.engine.build import destroy_engine
 from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import next_cut, resize
+from entprune_ds.engine.step_time import step_timer
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
 from entprune_ds.faults import explained, locked_by_job, raise_on_signals, tell, watched
@@ -26,10 +27,14 @@ from entprune_ds.importance.parts import Parts
 from entprune_ds.importance.scores import Scores
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import get_logger, progress
+from entprune_ds.mac_counter import counted
+from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.surgery import narrowed
 from entprune_ds.race import hold_race
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
-from entprune_ds.run_view import log_step, sample_grid, validate
+from entprune_ds.run_view import log_macs, log_step, sample_grid, validate
+from entprune_ds.soft_budget import removal_steps
+from entprune_ds.soft_pruning import soft_due, soft_update
 
 log = get_logger()
 
@@ -56,6 +61,7 @@ def train(config: Config, arguments: list[str]) -> None:
                         run.monitor.finish(exit_code=1)
                     raise
             hand_over(run)
+            destroy_engine(run.engine)  # the process may go on with another run
         if joined:
             comm.shutdown()
 
@@ -63,13 +69,16 @@ def train(config: Config, arguments: list[str]) -> None:
 def loop(run: Run) -> None:
     """Optimizer steps, with a pruning check before each step of `run.checks`."""
     config = run.config
-    if run.step >= config.train.num_steps:
+    last = min(config.train.num_steps, config.train.stop_step or config.train.num_steps)
+    if run.step >= last:
         log.info("all %d steps are done already; only the closing figures are made again", run.step)
     with progress("train", total=config.train.num_steps, done=run.step) as line:
         run.started = time.monotonic()
-        while run.step < config.train.num_steps:
+        while run.step < last:
             if run.step in run.checks and all(d.step != run.step for d in run.decisions):
                 prune_check(run)
+            if soft_due(config, run.soft, run.step):
+                soft_prune(run)
             loss = one_step(run)
             if run.step % config.monitor.log_every == 0:
                 log_step(run, loss, line)
@@ -85,9 +94,11 @@ def one_step(run: Run) -> Tensor:
     """One optimizer step; returns the mean loss of this data-parallel rank, not yet synchronised."""
     config, engine = run.config, run.engine
     engine.set_learning_rate(learning_rate(config.train, run.step))
-    loss, _ = train_step(engine, next_draws(run), run.objective.loss)
+    with counted(config.monitor.count_macs and run.counted != engine.model_config) as macs:
+        loss = run.recovery.train_step(engine, next_draws(run), run.objective, run.step, run.decisions)
     engine.update_ema(config.train.ema_decay)
-    run.step += 1
+    run.step, run.counted = run.step + 1, engine.model_config
+    log_macs(run, "train/step_macs", macs)
     comm.mark_progress()
     return loss
 
@@ -135,22 +146,50 @@ def prune_check(run: Run) -> None:
     log.info(
         "check %d (%d in all, from 0) at step %d: scoring %d blocks", check, len(run.checks), run.step, engine.depth
     )
+    if config.prune.recovery_tolerance is not None:
+        validate(run)
     parts = ShardedView(engine, "weight", getattr(torch, config.score.dtype))
-    decision, times = run_check(
-        parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
-        recut=lambda d: next_cut(run.engine, config, narrowed(run.engine.model_config, d.kept_blocks, d.narrow)),
-        hold_race=lambda m, scores: held_race(run, m, scores),
-    )  # fmt: skip
+    with counted(config.monitor.count_macs) as macs:
+        decision, times = run_check(
+            parts, engine.kept_blocks, config, check, run.step, len(config.model.blocks), examples_of(config, check),
+            recut=lambda d: next_cut(run.engine, config, narrowed(run.engine.model_config, d.kept_blocks, d.narrow)),
+            hold_race=lambda m, scores: held_race(run, m, scores),
+            history=History(run.last_removal, tuple(run.validations)), step_seconds=step_timer(engine, config),
+        )  # fmt: skip
     del parts
-    engine = run.engine  # a race may have built it anew
     record_decision(run, decision)
     run.monitor.log(run.step, {"prune/score_seconds": times.score, "prune/vote_seconds": times.vote})
     if decision.race:
         run.monitor.log(run.step, {"prune/race_seconds": times.race})
+    log_macs(run, "prune/score_macs", macs)
     narrower = f"; made narrower: {list(decision.narrow)}" if decision.narrow else ""
     log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
-    if decision.score_only or not decision.removes:
+    if decision.removes and not decision.score_only:
+        carry_out(run, decision)
+
+
+def soft_prune(run: Run) -> None:
+    """Move the mask of soft pruning, and at some updates remove what it has closed."""
+    config, engine, soft = run.config, run.engine, run.soft
+    assert soft is not None  # it is due
+    if run.step in removal_steps(config):
+        checkpoint(run)
+    with counted(config.monitor.count_macs) as macs:
+        update = soft_update(engine, config, soft, run.step, examples_of(config, soft.updates))
+    log_macs(run, "prune/score_macs", macs)
+    run.monitor.log(run.step, update.metrics)
+    run.started, run.validated = time.monotonic(), (-1, -1)  # with other gates it is another model
+    if update.decision is None:
         return
+    record_decision(run, update.decision)
+    log.info("soft pruning at step %d: %s", run.step, update.decision.reason)
+    if update.decision.removes:
+        carry_out(run, update.decision)
+
+
+def carry_out(run: Run, decision: PruneDecision) -> None:
+    """Resize to what a decision keeps, between a validation before and one after."""
+    config, engine, check = run.config, run.engine, decision.check
     validate(run)
     sample_grid(run, f"check_{check}_before")
     cursor, dp_size = stream_state(run), engine.dp_size
@@ -163,6 +202,7 @@ def prune_check(run: Run) -> None:
         plan = ds.train_micro_batch_size_per_gpu(), ds.gradient_accumulation_steps()
         log.info("micro-batch %d x accumulation %d", *plan)
     run.monitor.log(run.step, report.metrics())
+    run.validated = (-1, -1)  # blocks may be narrower at the same depth
     validate(run)
     sample_grid(run, f"check_{check}_after")
     run.started = time.monotonic()

@@ -264,8 +264,9 @@ prune.ntk_repeats=0                                        -> at least 1
 prune.zico_batches=1                                       -> at least 2
 prune.zico_batch_size=0                                    -> at least 1
 prune.max_blocks_per_check=0                               -> at least 1
-prune.vote_weights=[0,0]                                   -> not both 0
-prune.vote_weights=[2,-1]                                  -> at least 0
+prune.vote_weights=[0,0,0]                                 -> not all 0
+prune.vote_weights=[2,-1,0]                                -> at least 0
+prune.vote_weights=[1,1]                                   -> must be 3 numbers (NTK, ZiCo, step time), got [1.0, 1.0]
 prune.vote_tolerance=-0.1                                  -> at least 0
 score.batch_size=100 prune.target_depth=4           -> must divide `score.draws`
 score.batch_size=1024 prune.target_depth=4          -> at least 2 groups
@@ -307,7 +308,7 @@ def test_impossible_values_are_refused_by_name(line):
 def test_the_borders_of_what_is_possible_are_accepted():
     line = """
         train.betas=[0,0] train.grad_clip=0 train.validate_every=0 train.ema_decay=0 train.label_dropout=0
-        train.min_learning_rate=0.0001 prune.vote_weights=[0,1] prune.vote_tolerance=0 prune.start_step=0
+        train.min_learning_rate=0.0001 prune.vote_weights=[0,1,0] prune.vote_tolerance=0 prune.start_step=0
         prune.target_depth=4 prune.max_blocks_per_check=6 prune.num_checks=4 prune.end_step=4 sample.grid=1
         score.draws=256 prune.ntk_samples=2 prune.zico_batches=2 monitor.sample_every=0
         parallel.zero_stage=0

@@ -398,7 +398,7 @@ def test_figures_of_nothing_are_none():
 
 
 def test_scores_are_standardised_within_a_check_and_gaps_stay_gaps():
-    grid = plots._standardised(np.array([[1.0, 3.0, np.nan], [5.0, 5.0, 5.0]]))
+    grid = plots.standardised(np.array([[1.0, 3.0, np.nan], [5.0, 5.0, 5.0]]))
     np.testing.assert_array_equal(grid, [[-1, 1, np.nan], [0, 0, 0]])
     steps, values = style.averaged([0, 1, 2, 3], [1.0, 3.0, math.nan, 4.0], 2)
     assert steps == [0.5, 2.5] and values[0] == 2.0 and math.isnan(values[1])
@@ -415,8 +415,8 @@ def test_tables_say_what_the_scores_tell():
     table = tables.score_table(decision)
     assert table.columns == ("block", "removed", "place", "ced", "ced standard error", "loss", "loss standard error")
     assert table.rows[1] == (1, True, 1, 0.1, 0.01, -0.1, 0.01) and table.rows[0][:3] == (0, False, 3)
-    assert tables.vote_table(decision).rows[0] == (4, False, None, 1.25, 48.5, 2.0, 1.0, 3.0, "0 3")
-    assert tables.agreement(decision) == [("loss", pytest.approx(-1), pytest.approx(-1))]
+    assert tables.vote_table(decision).rows[0] == (4, False, None, 1.25, 48.5, 2.0, 1.0, 3.0, None, None, "0 3")
+    assert tables.correlations(decision).spearman[0] == pytest.approx((1, -1))
     near = "block 2, and first to stay, block 0: 7.1 standard errors apart, clearly"  # 0.1 / hypot(0.01, 0.01)
     assert near in tables.separation(decision)
     wide = {b: {"value": v, "standard_error": 0.3} for b, v in (("1", 0.1), ("2", 0.2), ("0", 0.3), ("3", 0.4))}

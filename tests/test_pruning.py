@@ -97,12 +97,12 @@ def test_tolerance_groups_are_anchored_at_their_best_member():
 def test_invalid_values_rank_last_and_never_win():
     assert competition_ranks([None, 1.0, math.nan, 2.0, math.inf], 0.0) == [3, 2, 3, 1, 3]
     assert competition_ranks([None, None], 0.0) == [1, 1]
-    outcome = vote([candidate(8, None, 1.0), candidate(6, 900.0, 1.0)], (1.0, 0.0), 0.0)
+    outcome = vote([candidate(8, None, 1.0), candidate(6, 900.0, 1.0)], (1.0, 0.0, 0.0), 0.0)
     assert outcome.chosen.depth == 6
 
 
 def test_low_condition_number_and_high_zico_win():
-    outcome = vote([candidate(4, 30.0, 1.0), candidate(8, 20.0, 3.0), candidate(6, 10.0, 2.0)], (1.0, 1.0), 0.0)
+    outcome = vote([candidate(4, 30.0, 1.0), candidate(8, 20.0, 3.0), candidate(6, 10.0, 2.0)], (1.0, 1.0, 0.0), 0.0)
     assert [(c.depth, c.ntk_rank, c.zico_rank, c.total) for c in outcome.candidates] == [
         (8, 2, 1, 3.0),
         (6, 1, 2, 3.0),
@@ -110,12 +110,12 @@ def test_low_condition_number_and_high_zico_win():
     ]
     assert outcome.chosen.depth == 8  # a tie goes to the deeper candidate
     candidates = list(outcome.candidates)
-    assert vote([candidate(c.depth, c.ntk, c.zico_mean) for c in candidates], (2.0, 1.0), 0.0).chosen.depth == 6
+    assert vote([candidate(c.depth, c.ntk, c.zico_mean) for c in candidates], (2.0, 1.0, 0.0), 0.0).chosen.depth == 6
 
 
 def test_totals_that_differ_by_rounding_tie():
     candidates = [candidate(8, 30.0, 3.0), candidate(6, 10.0, 2.0), candidate(4, 20.0, 1.0)]
-    outcome = vote(candidates, (0.19, 0.38), 0.0)
+    outcome = vote(candidates, (0.19, 0.38, 0.0), 0.0)
     deep, middle, _ = (c.total for c in outcome.candidates)  # 0.19 * 3 + 0.38 and 0.19 + 0.38 * 2
     assert deep > middle and outcome.chosen.depth == 8
 
@@ -123,21 +123,21 @@ def test_totals_that_differ_by_rounding_tie():
 def test_a_vote_needs_different_depths():
     for bad in ([], [candidate(4, 1.0, 1.0), candidate(4, 2.0, 1.0)]):
         with pytest.raises(ValueError, match="different depths"):
-            vote(bad, (1.0, 1.0), 0.0)
+            vote(bad, (1.0, 1.0, 0.0), 0.0)
 
 
 @settings(max_examples=200)
 @given(st.permutations(range(4)), st.lists(st.one_of(st.none(), st.floats(0.1, 1e6)), min_size=8, max_size=8))
 def test_the_vote_does_not_depend_on_the_order_of_the_candidates(order, values):
     candidates = [candidate(d + 1, values[d], values[4 + d]) for d in range(4)]
-    assert vote([candidates[i] for i in order], (1.0, 1.0), 0.01) == vote(candidates, (1.0, 1.0), 0.01)
+    assert vote([candidates[i] for i in order], (1.0, 1.0, 0.0), 0.01) == vote(candidates, (1.0, 1.0, 0.0), 0.01)
 
 
 # ---------------------------------------------------------------- decision
 
 
 def decision(**changes: object) -> PruneDecision:
-    outcome = vote([candidate(3, None, 2.0), candidate(2, 12.5, 1.5)], (1.0, 1.0), 0.01)
+    outcome = vote([candidate(3, None, 2.0), candidate(2, 12.5, 1.5)], (1.0, 1.0, 0.0), 0.01)
     values = dict(
         check=1,
         step=100,
@@ -165,7 +165,7 @@ def test_a_decision_survives_json_with_its_digest():
     assert original.to_json()["scores"]["ced"]["3"]["standard_error"] is None  # NaN has no JSON
     assert original.to_json()["candidates"][0] == {
         "depth": 3, "kept_blocks": [0, 1, 2], "ntk": None, "zico_mean": 2.0, "zico_sum": 2.0,
-        "ntk_rank": 2, "zico_rank": 1, "total": 3.0,
+        "step_seconds": None, "ntk_rank": 2, "zico_rank": 1, "time_rank": None, "total": 3.0,
     }  # fmt: skip
 
 
@@ -230,8 +230,8 @@ def test_a_vote_names_the_depths_that_tie_with_the_chosen_one():
     def candidate(depth: int, ntk: float, zico: float) -> Candidate:
         return Candidate(depth=depth, kept_blocks=tuple(range(depth)), ntk=ntk, zico_mean=zico, zico_sum=zico)
 
-    tied = vote([candidate(4, 1.0, 1.0), candidate(3, 2.0, 2.0), candidate(2, 3.0, 3.0)], (1.0, 1.0), 0.01)
+    tied = vote([candidate(4, 1.0, 1.0), candidate(3, 2.0, 2.0), candidate(2, 3.0, 3.0)], (1.0, 1.0, 0.0), 0.01)
     assert tied.chosen.depth == 4
     assert tied.tied_depths == [4, 3, 2]
-    clear = vote([candidate(4, 1.0, 3.0), candidate(3, 2.0, 2.0)], (1.0, 1.0), 0.01)
+    clear = vote([candidate(4, 1.0, 3.0), candidate(3, 2.0, 2.0)], (1.0, 1.0, 0.0), 0.01)
     assert clear.tied_depths == [clear.chosen.depth]

@@ -9,6 +9,7 @@ import pytest
 
 from entprune_ds.importance.criteria import CRITERIA
 from tests.ranks import ROOT, run_ranks
+from tests.test_distill import tiny_teacher
 from tests.test_training import losses, words
 
 RACE = ["race.budget=1", "race.validation_draws=16", "race.candidates=2"]
@@ -21,19 +22,21 @@ METHODS = {
     "regrow_micro_batch": ["prune.regrow_micro_batch=true"],
     "park=device": ["resize.park=device"],
     "criterion explicit": ["prune.criterion=explicit", "prune.explicit_order=[1,2]"],
+    "criterion learned": ["prune.criterion=learned", "learned.steps=3", "learned.batch_size=8"],
+    "criterion combined": ["prune.criterion=combined", "prune.combined=[taylor:1,random:1]"],
     "criterion recovery_race": ["prune.criterion=recovery_race", *RACE],
-    "vote by NTK alone": ["prune.vote_weights=[1,0]"],
-    "vote by ZiCo alone": ["prune.vote_weights=[0,1]"],
-    "gradient-flow soft pruning": ["prune.criterion=gradient_flow"],
-    "distillation from a teacher": ["recovery.teacher=runs/base"],
+    "greedy scores and branches": ["score.mode=greedy", "score.unit=attention"],
+    "vote by NTK alone": ["prune.vote_weights=[1,0,0]"],
+    "vote by ZiCo alone": ["prune.vote_weights=[0,1,0]"],
+    "vote with step time": ["prune.vote_weights=[1,0.5,0.5]"],
+    "distillation from a teacher": ["distill.kind=features", "distill.feature_weight=1"],
+    "gradient-flow soft pruning": ["soft.every=1", "soft.start_step=1", "soft.end_step=5", "soft.removals=2"],
 }
 REFUSALS = {
     "pipe, zero2": "Set parallel.zero_stage=1, or parallel.pipe_stages=1",
     "pipe, zero3": "Set parallel.zero_stage=1, or parallel.pipe_stages=1",
     "compiled blocks": "Set model.compile=false, or choose stage 0, 1 or 2",
     "offload of the optimizer": "or remove offload_optimizer",
-    "gradient-flow soft pruning": "`prune.criterion` must be one of",
-    "distillation from a teacher": "`recovery` is not a setting",
     "regrow_micro_batch": "Switch it off, or train without a pipeline",
 }
 RUN = ["prune.start_step=1", "train.num_steps=7", "prune.end_step=6", "train.validate_every=0", "sample.grid=1"]
@@ -54,10 +57,14 @@ def settings(topology: str, method: str, folder: Path) -> list[str]:
     offload = {"stage": int(zero), "offload_optimizer": {"device": "cpu"}}
     path.write_text(json.dumps({"zero_optimization": offload}))
     ds_config = path if method.startswith("offload") else f"zero{zero}_{precision}"
+    teacher = []
+    if method.startswith("distillation"):
+        teacher = [f"distill.teacher={tiny_teacher(folder / 'teacher')}"]
     pipeline = ["parallel.pipe_stages=2"] if topology.startswith("pipe") else []
     return [
         f"parallel.ds_config={ds_config}",
         *pipeline,
+        *teacher,
         *METHODS.get(method, [f"prune.criterion={method.split()[-1]}"]),
     ]
 
@@ -90,17 +97,20 @@ def test_what_the_table_promises_trains_and_prunes(digits, tmp_path, topology):
     names = {m: f"run_{i}" for i, m in enumerate(methods)}
     runs = [words(digits, tmp_path, names[m], *settings(topology, m, tmp_path), *RUN) for m in methods]
     reference = words(digits, tmp_path, "reference", "parallel.ds_config=zero1_fp32", *RUN)
-    ranks = run_ranks("tests.workers.training:train", 2, timeout=580, runs=[*runs, reference])
-    assert ranks == [[0] * (len(runs) + 1)] * 2
-    expected = losses(tmp_path / "reference")
+    taught = words(digits, tmp_path, "taught", *settings("zero1", "distillation from a teacher", tmp_path), *RUN)
+    ranks = run_ranks("tests.workers.training:train", 2, timeout=580, runs=[*runs, reference, taught])
+    assert ranks == [[0] * (len(runs) + 2)] * 2
     for method, name in names.items():
         run = tmp_path / name
         decisions = [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()]
         assert len(decisions[-1]["kept_blocks"]) == 2, method
         found = losses(run)
+        expected = losses(tmp_path / ("taught" if method.startswith("distillation") else "reference"))
         assert found.keys() == expected.keys()
         near = 0.05 if "bf16" in method else 1e-5
-        same = range(1, 2 if method.startswith(("criterion", "vote")) else 8)  # another order trains another model
+        same = range(
+            1, 2 if method.startswith(("criterion", "vote", "greedy")) else 8
+        )  # another order trains another model
         assert [found[s] for s in same] == pytest.approx([expected[s] for s in same], rel=near), method
         if method == "criterion explicit":
             assert decisions[-1]["kept_blocks"] == [0, 3]

@@ -195,11 +195,15 @@ def test_scores_are_equal_on_all_ranks_and_equal_to_brute_force(digits, tmp_path
         assert all(r == ranks[0] for r in ranks)
         assert ranks[0]["gathers"] == 4 * 3  # each block once per calibration batch
         assert ("the pruning decision" in ranks[0]["disagreement"]) is (world_size > 1)
+        assert ("the order of removal" in ranks[0]["unsteady"]) is (world_size > 1)
         results.append(ranks[0])
     expected = brute_force(export, digits)
     for result in results:
         assert result["ntk"] == pytest.approx(results[1]["ntk"], rel=1e-8)
         assert result["zico"] == pytest.approx(results[1]["zico"], rel=1e-8)
+        for criterion, by_block in results[1]["others"].items():  # magnitude, taylor, diff_pruning, learned
+            for block, score in by_block.items():
+                assert result["others"][criterion][block] == pytest.approx(score, rel=1e-8), criterion
         for criterion, by_block in expected.items():
             for block, value in by_block.items():
                 assert result["scores"][criterion][block]["value"] == pytest.approx(value, rel=1e-10)

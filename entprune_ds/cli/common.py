@@ -8,12 +8,13 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from entprune_ds import config_data, config_methods, config_prune, config_sampling, config_schema
-from entprune_ds.config import PRESETS, Config, ConfigError, load_config
+from entprune_ds.config import METHODS, PRESETS, Config, ConfigError, load_config
 from entprune_ds.redact import redacted
 
 GRAMMAR = """\
@@ -60,8 +61,17 @@ def help_text(head: str, sections: list[str]) -> str:
             shown = "null" if default is None else list(default) if isinstance(default, tuple) else default
             lines.append(f"  {section}.{item.name}={shown}")
             lines.append(f"      {documents[cls.__name__][item.name]}")
+        if section == "prune":
+            lines += ["", "  What prune.method stands for; settings that are given beside it win:"]
+            lines += [f"  {name}: {_settings_of(values)}" for name, values in METHODS.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _settings_of(values: dict[str, dict[str, Any]]) -> str:
+    """Nested settings as words."""
+    words = [f"{s}.{key}={'null' if v is None else v}" for s, part in values.items() for key, v in part.items()]
+    return " ".join(word.replace(", ", ",") for word in words)
 
 
 def _field_docs() -> dict[str, dict[str, str]]:
@@ -129,4 +139,7 @@ def with_run(words: list[str], command: str) -> tuple[list[str], Path | None]:
         problems.append(f"`{command}` takes either run=FOLDER or preset=NAME, not both.")
     if problems:
         raise ConfigError(problems)
-    return [f"preset={folder / 'config.yaml'}", f"model.weights={folder / 'model'}", *rest], folder
+    own = [f"preset={folder / 'config.yaml'}", f"model.weights={folder / 'model'}"]
+    if re.search(r"^  criterion: .*\.py['\"]?$", (folder / "config.yaml").read_text(), re.M):
+        own.append(f"prune.criterion={Config().prune.criterion}")  # the run's own file is no concern of this command
+    return [*own, *rest], folder

@@ -10,11 +10,13 @@ from entprune_ds import estimate, estimate_resize
 from entprune_ds.config import Config, ConfigError, load_config, to_yaml
 from entprune_ds.data.index import load_index
 from entprune_ds.engine.checkpoint import step_folders
+from entprune_ds.estimate_teacher import teacher_memory
 from entprune_ds.interop.weights import open_weights
 from entprune_ds.models.registry import count_parameters
 from entprune_ds.preflight import training_problems
 from entprune_ds.redact import redacted
 from entprune_ds.rollback import rollback_pending
+from entprune_ds.teacher import first_step, teacher_path
 
 ROWS = {
     "weights": "weights", "gradients": "gradients", "master": "fp32 weights", "moments": "Adam moments", "ema": "EMA",
@@ -38,7 +40,7 @@ def describe(words: list[str]) -> int:
         print(to_yaml(config), end="")
         print(f"# {count_parameters(config.model):,} parameters")
         print(*layout_lines(config, world_size), *need_lines(config, world_size, local), sep="\n")
-        print(_data_line(config), _weights_line(config), sep="\n")
+        print(_data_line(config), _weights_line(config), *_teacher_lines(config, world_size), sep="\n")
     return 0
 
 
@@ -98,6 +100,8 @@ def need_lines(config: Config, world_size: int, local: int = 0) -> list[str]:
 
 
 def _resize_lines(config: Config, world_size: int, local: int, constants: dict) -> list[str]:
+    if config.soft.every:
+        return ["# resizes: at most soft.removals, of what the mask has closed by then; their cost is known only then"]
     resize = estimate_resize.resize_estimate(config, world_size, constants)
     if resize is None:
         return ["# a resize: none, for nothing is removed (prune.target_depth, prune.score_only)"]
@@ -148,3 +152,19 @@ def _weights_line(config: Config) -> str:
     size = f"{m.process}, patch {m.patch_size}, width {m.hidden_size}, {m.num_heads} heads"
     depth = f"depth {len(m.blocks)} of {m.depth}"
     return f"# weights: {size}, {depth}, step {facts['step']}, {facts['weights']}: {config.model.weights}"
+
+
+def _teacher_lines(config: Config, world_size: int) -> list[str]:
+    distill = config.distill
+    if distill.kind == "none":
+        return []
+    path = teacher_path(config)
+    teacher = open_weights(path, assumed=config.model).model
+    memory = teacher_memory(config, teacher, world_size)
+    first = first_step(config, teacher, ())
+    since = "the first removal" if first is None else f"step {first}"
+    return [
+        f"# teacher ({distill.kind}, {distill.placement}), from {since} on: depth {len(teacher.blocks)}: {path}",
+        f"#   it takes {_size(memory.weights)} of weights and {_size(memory.activations)} of activations on a rank, "
+        "beside the total",
+    ]

@@ -81,20 +81,7 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any]:
     Raises:
         ValueError: when the data is not digits, or samples and data do not fit.
     """
-    from entprune_ds.data.index import load_index
-    from entprune_ds.data.stream import read_all
-    from entprune_ds.evaluation.features import load_or_train
-    from entprune_ds.evaluation.images import to_uint8
-    from entprune_ds.preflight import validation_spec
-
-    pipe = config.data.allow_pipe
-    index = load_index(config.data.shards, pipe)
-    if tuple(index.shape) != (1, 8, 8) or index.num_classes != 10:
-        message = f"the built-in extractor is made for digits (1x8x8, 10 classes), {index.folder} holds "
-        raise ValueError(message + f"{list(index.shape)} with {index.num_classes} classes.")
-    (train, train_labels), (val, val_labels) = read_all(index), read_all(validation_spec(config), pipe)
-    images, val_images = to_uint8(train), to_uint8(val)
-    extractor = load_or_train(images, train_labels.numpy(), val_images, val_labels.numpy(), cache=cache)
+    images, val_images, extractor, folder = real_images(config, cache)
     references = {"whole": np.concatenate([images, val_images]), "validation": val_images}
     models = {"pruned": (config.model.weights, config.evaluate.samples)}
     if config.evaluate.baseline:
@@ -111,11 +98,34 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any]:
         raise ValueError(message + "Draw both with the same settings.")
     result |= latency(config, {name: Path(weights) for name, (weights, _) in models.items()}, result)
     result["protocol"] = protocol | {
-        "reference": f"{len(references['whole'])} images, of which {len(val_images)} validation: {index.folder.parent}",
+        "reference": f"{len(references['whole'])} images, of which {len(val_images)} validation: {folder.parent}",
         "extractor": extractor.name,
         "extractor_test_accuracy": extractor.test_accuracy,
     }
     return result
+
+
+def real_images(config: Config, cache: Path) -> tuple[np.ndarray, np.ndarray, Any, Any]:
+    """Training and validation images, uint8 (N,H,W,C), the extractor made from them, and the folder of the shards.
+
+    Raises:
+        ValueError: when the data is not digits.
+    """
+    from entprune_ds.data.index import load_index
+    from entprune_ds.data.stream import read_all
+    from entprune_ds.evaluation.features import load_or_train
+    from entprune_ds.evaluation.images import to_uint8
+    from entprune_ds.preflight import validation_spec
+
+    pipe = config.data.allow_pipe
+    index = load_index(config.data.shards, pipe)
+    if tuple(index.shape) != (1, 8, 8) or index.num_classes != 10:
+        message = f"the built-in extractor is made for digits (1x8x8, 10 classes), {index.folder} holds "
+        raise ValueError(message + f"{list(index.shape)} with {index.num_classes} classes.")
+    (train, train_labels), (val, val_labels) = read_all(index), read_all(validation_spec(config), pipe)
+    images, val_images = to_uint8(train), to_uint8(val)
+    extractor = load_or_train(images, train_labels.numpy(), val_images, val_labels.numpy(), cache=cache)
+    return images, val_images, extractor, index.folder
 
 
 def figures(config: Config, weights: Path, samples: str, references: dict, extractor: Any) -> tuple[dict, dict]:

@@ -16,6 +16,8 @@ COMMANDS = {
     "export": "write a run or a model as ordinary weights: ours, official .pt, diffusers",
     "sample": "draw samples of an exported model: PNG folder or npz, and a grid",
     "evaluate": "FID, KID, class accuracy and latency, against a baseline",
+    "score": "all criteria on any model without training; recorded decisions made again (--replay)",
+    "compare": "criteria side by side: one training per criterion and seed, tables with error bars",
     "report": "build the self-contained report.html of a run",
 }
 

@@ -23,7 +23,10 @@ memory that a rank will need, part by part, and the time of a resize. Nothing is
 
 The run folder RUNS/NAME holds config.yaml, metrics.jsonl, decisions.jsonl, checkpoints/, samples/ and model/.
 """
-SECTIONS = ["run", "model", "data", "train", "diffusion", "parallel", "prune", "resize", "sample", "monitor"]
+SECTIONS = [
+    "run", "model", "data", "train", "diffusion", "parallel", "prune", "score", "race", "learned", "soft", "distill",
+    "resize", "sample", "monitor",
+]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -120,6 +120,25 @@ def variational_term(epsilon: Tensor, logits: Tensor, noise: Tensor, data: Tenso
     return nats.flatten(1).mean(1) / math.log(2.0)
 
 
+def step_divergence(
+    epsilon: Tensor, logits: Tensor, teacher: Tensor, teacher_logits: Tensor, timesteps: Tensor
+) -> Tensor:
+    """KL of the teacher's p(z_{t-1} | z_t) from ours in bits per element, (N,); the variances are learned ranges.
+
+    Args:
+        epsilon, logits: (N,C,H,W), the two halves of our prediction, f32 or f64; the same of the teacher's.
+        timesteps: (N,) i64, original.
+    """
+    shape = (-1, *[1] * (epsilon.dim() - 1))
+    table = full_chain(epsilon.device, epsilon.dtype)
+    log_posterior, log_beta = (column[timesteps].reshape(shape) for column in (table.log_posterior, table.log_beta))
+    log_var = log_variance(logits, log_posterior, log_beta)
+    log_wanted = log_variance(teacher_logits, log_posterior, log_beta)
+    means_apart = (table.data_factor * table.noise_ratio)[timesteps].reshape(shape) * (epsilon - teacher)
+    nats = log_var - log_wanted - 1 + torch.exp(log_wanted - log_var) + means_apart.square() * torch.exp(-log_var)
+    return nats.flatten(1).mean(1) / (2 * math.log(2.0))
+
+
 def binned_log_likelihood(data: Tensor, centered: Tensor, log_scale: Tensor) -> Tensor:
     """Log probability (N,C,H,W) of the bin of width 2/255 around data, the outermost bins open (DDPM, eq. 13).
 

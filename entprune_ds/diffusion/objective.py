@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entprune_ds.config import DiffusionConfig, ModelConfig
-from entprune_ds.diffusion.ddpm import NUM_TIMESTEPS, noised, variational_term
+from entprune_ds.diffusion.ddpm import NUM_TIMESTEPS, noised, step_divergence, variational_term
 from entprune_ds.diffusion.interpolant import PATHS, expand, training_range
 from entprune_ds.diffusion.prediction import loss_weight_of
 from entprune_ds.rng import normal_per_slot, uniform_per_slot
@@ -21,24 +21,32 @@ class Draws:
     """One batch at the border of the model.
 
     z_t (N,C,H,W); t (N,), in [0,1] for SiT, the original timestep 0..999 for DiT; labels (N,) i64; target (N,C,H,W),
-    for DiT (N,2C,H,W) with the noise in the first half and the data in the second.
+    for DiT (N,2C,H,W) with the noise in the first half and the data in the second. teacher, where there is one: its
+    whole prediction for these draws.
     """
 
     z_t: Tensor
     t: Tensor
     labels: Tensor
     target: Tensor
+    teacher: Tensor | None = None
+
+    @property
+    def wanted(self) -> tuple[Tensor, ...]:
+        """What the loss of a prediction takes beside it: (target, t), with a teacher also its prediction."""
+        return (self.target, self.t) if self.teacher is None else (self.target, self.t, self.teacher)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Draws:
         """Move to a device; z_t takes `dtype`, t and target keep f32 unless `dtype` is f64."""
         wide = torch.promote_types(dtype, torch.float32)
         return Draws(
-            self.z_t.to(device, dtype), self.t.to(device, wide), self.labels.to(device), self.target.to(device, wide)
-        )
+            self.z_t.to(device, dtype), self.t.to(device, wide), self.labels.to(device), self.target.to(device, wide),
+            None if self.teacher is None else self.teacher.to(device, wide),
+        )  # fmt: skip
 
-    def split(self, size: int) -> list[Draws]:
-        """Micro-batches of `size` examples."""
-        columns = (self.z_t.split(size), self.t.split(size), self.labels.split(size), self.target.split(size))
+    def split(self, size: int | list[int]) -> list[Draws]:
+        """Micro-batches of `size` examples, or of these sizes."""
+        columns = [column.split(size) for column in vars(self).values() if column is not None]
         return [Draws(*parts) for parts in zip(*columns, strict=True)]
 
 
@@ -47,7 +55,7 @@ class Objective(Protocol):
 
     def make_draws(
         self, latents: Tensor, labels: Tensor, slots: Sequence[int], *, seed: int, purpose: str, step: int,
-        label_dropout: float = 0.0, null_label: int = -1,
+        label_dropout: float = 0.0, null_label: int = -1, t: Tensor | None = None,
     ) -> Draws:  # fmt: skip
         """Draw noise, t and label dropout for a batch; every example has its own streams.
 
@@ -58,6 +66,8 @@ class Objective(Protocol):
             seed, purpose, step: see rng.generator_for.
             label_dropout: probability of replacing a label by `null_label`.
             null_label: index of the null label.
+            t: (N,) in [0, 1), chosen places in the training range in place of drawn ones: t of SiT, timestep / 1000 of
+                DiT.
         """
 
     def loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
@@ -65,6 +75,9 @@ class Objective(Protocol):
 
     def scoring_loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """The same for a prediction (N,C,H,W) without a learned-variance half, as Parts.head gives it."""
+
+    def output_loss(self, prediction: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
+        """Distance (N,) of a whole prediction from the teacher's, in the units of `loss`; 0 where they are equal."""
 
 
 def build_objective(model: ModelConfig, diffusion: DiffusionConfig) -> Objective:
@@ -87,12 +100,12 @@ class FlowObjective:
 
     def make_draws(
         self, latents: Tensor, labels: Tensor, slots: Sequence[int], *, seed: int, purpose: str, step: int,
-        label_dropout: float = 0.0, null_label: int = -1,
+        label_dropout: float = 0.0, null_label: int = -1, t: Tensor | None = None,
     ) -> Draws:  # fmt: skip
         """See Objective."""
         noise, uniform, labels = _random(latents, labels, slots, seed, purpose, step, label_dropout, null_label)
         start, end = training_range(self.path, self.prediction)
-        t = uniform * (end - start) + start
+        t = (uniform if t is None else t.to(uniform)) * (end - start) + start
         z_t, velocity = PATHS[self.path].mix(latents, noise, t)
         return Draws(z_t, t, labels, velocity if self.prediction == "velocity" else noise)
 
@@ -109,6 +122,13 @@ class FlowObjective:
         """See Objective; a flow model has no variance half, so this is the loss."""
         return self.loss(prediction, target, t)
 
+    def output_loss(self, prediction: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
+        """See Objective; the loss with the teacher's velocity, or the noise that it implies, as the target."""
+        teacher = _at_least_single(teacher)
+        if self.prediction == "score":
+            teacher = -PATHS[self.path].at(expand(t.to(teacher), teacher)).sigma * teacher
+        return self.loss(prediction, teacher, t)
+
 
 @dataclass(frozen=True)
 class DiffusionObjective:
@@ -123,11 +143,13 @@ class DiffusionObjective:
 
     def make_draws(
         self, latents: Tensor, labels: Tensor, slots: Sequence[int], *, seed: int, purpose: str, step: int,
-        label_dropout: float = 0.0, null_label: int = -1,
+        label_dropout: float = 0.0, null_label: int = -1, t: Tensor | None = None,
     ) -> Draws:  # fmt: skip
         """See Objective."""
         noise, uniform, labels = _random(latents, labels, slots, seed, purpose, step, label_dropout, null_label)
-        timesteps = (uniform.double() * NUM_TIMESTEPS).long()  # float64: the product stays below 1000
+        timesteps = (
+            (uniform if t is None else t).double() * NUM_TIMESTEPS
+        ).long()  # float64: the product stays below 1000
         z_t = noised(latents, noise, timesteps)
         return Draws(z_t, timesteps.to(latents.dtype), labels, torch.cat([noise, latents], dim=1))
 
@@ -141,6 +163,14 @@ class DiffusionObjective:
     def scoring_loss(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """Squared error of epsilon alone; see Objective."""
         return mean_square(_at_least_single(prediction) - target[:, : self.channels])
+
+    def output_loss(self, prediction: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
+        """Squared error of epsilon + KL of the teacher's step from ours with epsilon detached; see Objective."""
+        epsilon, logits = _at_least_single(prediction).split(self.channels, dim=1)
+        wanted, wanted_logits = teacher.to(epsilon).split(self.channels, dim=1)
+        timesteps = t.to(epsilon.device).long()
+        divergence = step_divergence(epsilon.detach(), logits, wanted, wanted_logits, timesteps)
+        return mean_square(epsilon - wanted) + divergence
 
 
 def mean_square(difference: Tensor, weight: Tensor | float = 1.0) -> Tensor:

@@ -45,6 +45,10 @@ class Engine:
     """Blocks per pipeline stage; None without a pipeline."""
     costs: LayerCosts | None = None
     """What the layers of a pipeline cost, when it has been measured."""
+    all_read: bool = False
+    """Whether the stages between the first and the last need the examples too: for the teacher of their blocks."""
+    gates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Gates of soft pruning by original index of the block; see engine.gates."""
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:
@@ -74,7 +78,12 @@ class Engine:
     @property
     def reads_data(self) -> bool:
         """Whether this rank's stage needs the examples: the first needs z_t, the last the target."""
-        return self.cut is None or self.pipe_stage in (0, len(self.cut) - 1)
+        return self.cut is None or self.all_read or self.pipe_stage in (0, len(self.cut) - 1)
+
+    @property
+    def backbone(self) -> DiT:
+        """The model that trains, or this pipeline stage's part of it."""
+        return self.ds.module if self.cut is None else self.ds.module.part
 
     @property
     def adam_step(self) -> int:
@@ -127,7 +136,10 @@ def build_engine(
         ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     pieces, shapes = pieces_of(ds), parameter_shapes(model_config)
     layout = comm.all_gather_json([(p.name, p.start, p.stop) for p in pieces])
-    return Engine(ds, model_config, optimizer, pieces, new_ema(pieces), layout, shapes=shapes, cut=cut, costs=costs)
+    return Engine(
+        ds, model_config, optimizer, pieces, new_ema(pieces), layout, shapes=shapes, cut=cut, costs=costs,
+        all_read=config.distill.kind == "features",
+    )  # fmt: skip
 
 
 def _whole(model_config: ModelConfig, ds_config: dict[str, Any]) -> DiT:
@@ -245,7 +257,8 @@ def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tenso
 
     Args:
         micro_batches: diffusion.objective.Draws, as many as accumulation steps; unread in the middle of a pipeline.
-        loss_fn: (prediction, target, t) -> (N,), the loss of a diffusion.objective.Objective.
+        loss_fn: (prediction, target, t) -> (N,), the loss of a diffusion.objective.Objective; where the draws have a
+            teacher, (prediction, target, t, teacher) -> (N,).
 
     Returns:
         Mean loss of this data-parallel rank (a tensor, not synchronised) and the seconds taken.
@@ -258,7 +271,7 @@ def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tenso
     total = torch.zeros((), device=comm.device())
     for draws in micro_batches:
         draws = draws.to(comm.device(), engine.dtype)
-        loss = loss_fn(engine.ds(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean()
+        loss = loss_fn(engine.ds(draws.z_t, draws.t, draws.labels), *draws.wanted).mean()
         engine.ds.backward(loss)
         engine.ds.step()
         total += loss.detach() / len(micro_batches)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from entprune_ds.config import Config
+from entprune_ds.soft_budget import least_depth
 
 SHIPPED = (Path(__file__).parents[2] / "ds_configs", Path(__file__).parents[1] / "ds_configs")
 OWNED = (
@@ -186,7 +187,8 @@ def pipeline_problem(config: Config, world_size: int) -> str | None:
         message = f"`parallel.pipe_stages` ({stages}) must be at most the {depth} blocks of the model. "
         return message + "Lower it."
     try:
-        for now in range(config.prune.target_depth or depth, depth + 1):
+        least = least_depth(config) if config.soft.every else config.prune.target_depth or depth
+        for now in range(least, depth + 1):
             stages_at(config, world_size, now)
     except ValueError as problem:
         return str(problem)

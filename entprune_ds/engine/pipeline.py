@@ -131,7 +131,7 @@ def train_batch(ds: Any, micro_batches: list, dtype: torch.dtype, loss_fn: Calla
     def columns() -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         for draws in micro_batches:
             moved = draws.to(comm.device(), dtype)
-            yield (moved.z_t, moved.t, moved.labels), (moved.target, moved.t)
+            yield (moved.z_t, moved.t, moved.labels), moved.wanted
 
     ds.module.loss_fn = lambda prediction, wanted: loss_fn(prediction, *wanted).mean()
     ds.train_batch(columns())

@@ -100,6 +100,8 @@ class ShardedView:
                 self.spare, self.spare_widths = build_block(config, index), widths
             self.spare.to_empty(device=self.device).to(self.dtype).requires_grad_(False).eval()
         _load(self.spare, {n.removeprefix(prefix): t for n, t in full.items()})
+        gates = self.engine.gates.get(index, {})
+        self.spare.set_gates({kind: gate.to(self.dtype) for kind, gate in gates.items()})  # type: ignore[operator]
         self.gathers += 1
         comm.mark_progress()
         return self.spare

@@ -7,13 +7,17 @@ in CRITERIA. Wherever two blocks tie, the higher index goes first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from entprune_ds.importance.gradient_flow import measure_gradient_flow
+from entprune_ds.importance.learned import measure_learned
+from entprune_ds.importance.magnitude import measure_magnitude
 from entprune_ds.importance.measuring import Measuring
 from entprune_ds.importance.scores import Scores
+from entprune_ds.importance.taylor import measure_diff_pruning, measure_taylor
 from entprune_ds.rng import generator_for
 
 
@@ -33,6 +37,8 @@ class RankingRequest:
     """Number of this check, from 0."""
     explicit_order: tuple[int, ...]
     """The user's order, for criterion explicit."""
+    combined: Mapping[str, float] = field(default_factory=dict)
+    """Weights of its members by name, for criterion combined."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Criterion:
 
 
 def removal_order(
-    criterion: str,
+    criterion: str | Criterion,
     scores: Scores,
     kept_blocks: Sequence[int],
     *,
@@ -59,13 +65,14 @@ def removal_order(
     seed: int = 0,
     check: int = 0,
     explicit_order: Sequence[int] = (),
+    combined: Mapping[str, float] | None = None,
 ) -> list[int]:
     """Present blocks in the order of removal, first to go first; a pure function of its arguments.
 
     Raises:
-        ValueError: for an unknown criterion, or one whose scores are absent or not finite.
+        ValueError: for an unknown criterion, one whose scores are absent or not finite, or an order that is none.
     """
-    chosen = find_criterion(criterion)
+    chosen = find_criterion(criterion) if isinstance(criterion, str) else criterion
     request = RankingRequest(
         scores=scores,
         kept_blocks=tuple(sorted(kept_blocks)),
@@ -73,8 +80,13 @@ def removal_order(
         seed=seed,
         check=check,
         explicit_order=tuple(explicit_order),
+        combined=combined or {},
     )
-    return chosen.order(request)
+    order = list(chosen.order(request))
+    if sorted(order) != list(request.kept_blocks):
+        message = f"check {check}: the criterion must order the present blocks {list(request.kept_blocks)}, each once, "
+        raise ValueError(message + f"but gave {order}. Correct its order. Nothing was removed.")
+    return order
 
 
 def find_criterion(name: str) -> Criterion:
@@ -102,6 +114,17 @@ def lowest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:
     return order
 
 
+def highest_score_first(name: str) -> Callable[[RankingRequest], list[int]]:
+    """The order of a score that says how much is gained when a block goes."""
+    lowest_first = lowest_score_first(name)
+
+    def order(request: RankingRequest) -> list[int]:
+        lowest_first(request)  # finite scores, or its error
+        return sorted(request.kept_blocks, key=lambda b: (-request.scores[name][b].value, -b))
+
+    return order
+
+
 def random_order(request: RankingRequest) -> list[int]:
     """A random order that is a function of (seed, block) alone, and so the same at every check."""
 
@@ -116,6 +139,24 @@ def explicit(request: RankingRequest) -> list[int]:
     """The user's blocks in the user's order, as far as they are present; then the others, highest index first."""
     listed = [b for b in request.explicit_order if b in request.kept_blocks]
     return listed + [b for b in reversed(request.kept_blocks) if b not in listed]
+
+
+def by_learned_gates(request: RankingRequest) -> list[int]:
+    """Blocks outside the most probable masks first, then the others; within both the least probable first."""
+    mask, kept = request.scores.get("learned_mask", {}), request.scores.get("learned", {})
+    missing = [b for b in request.kept_blocks if b not in mask or b not in kept]
+    if missing:
+        raise ValueError(f"check {request.check}: blocks {missing} have no learned gate. Nothing was removed.")
+    return sorted(request.kept_blocks, key=lambda b: (mask[b].value, kept[b].value, -b))
+
+
+def rank_average(request: RankingRequest) -> list[int]:
+    """By the weighted sum of the places that the members of a combination give each block."""
+    places = {block: 0.0 for block in request.kept_blocks}
+    for name, weight in request.combined.items():
+        for place, block in enumerate(find_criterion(name).order(request)):
+            places[block] += weight * place
+    return sorted(places, key=lambda b: (places[b], -b))
 
 
 def every_other(request: RankingRequest) -> list[int]:
@@ -171,6 +212,17 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion(random_order),
     "every_other": Criterion(every_other),
     "explicit": Criterion(explicit),
+    "mse": Criterion(lowest_score_first("mse"), needs_sweep=True),
+    "ld_pruner": Criterion(lowest_score_first("ld_pruner"), needs_sweep=True),
+    "flux_lite": Criterion(lowest_score_first("flux_lite"), needs_sweep=True),
+    "shortgpt": Criterion(lowest_score_first("shortgpt"), needs_sweep=True),
+    "magnitude_l1": Criterion(lowest_score_first("magnitude_l1"), measure_magnitude),
+    "magnitude_l2": Criterion(lowest_score_first("magnitude_l2"), measure_magnitude),
+    "taylor": Criterion(lowest_score_first("taylor"), measure_taylor),
+    "diff_pruning": Criterion(lowest_score_first("diff_pruning"), measure_diff_pruning),
+    "learned": Criterion(by_learned_gates, measure_learned),
+    "combined": Criterion(rank_average),
+    "gradient_flow": Criterion(highest_score_first("gradient_flow"), measure=measure_gradient_flow),
     "recovery_race": Criterion(lowest_score_first("recovery_race"), needs_sweep=True, races=True),
 }
 CRITERIA_NEED_SWEEP = frozenset(name for name, criterion in CRITERIA.items() if criterion.needs_sweep)

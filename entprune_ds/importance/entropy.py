@@ -1,20 +1,53 @@
-"""Estimators of the output's Gaussian entropy from its moments over the draws, in nats of the whole output.
+"""Estimators of the output's entropy, in nats, as differences from the full model; here those from its moments.
 
-One interface: an estimator maps Moments of (V,C,H,W) to entropy terms (V,K) float64, whose sum over K is the
-entropy of each of V variants, up to a constant that they share. A term without any spread is -inf.
-EntPruner (arXiv 2511.21122, sec. 3.3): taking X as Gaussian reduces H(X) to sums of log sigma.
+EntPruner (arXiv 2511.21122, sec. 3.3): taking X as Gaussian reduces H(X) to sums of log sigma. The estimators that
+keep the draws themselves are in entropy_draws.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from entprune_ds import comm
+from entprune_ds.importance import moments
 from entprune_ds.importance.moments import Moments
 
-Estimator = Callable[[Moments], Tensor]
+Kept = Any
+"""What an estimator keeps of some draws: Moments, or the projected draws."""
+
+
+class Estimator(Protocol):
+    """One interface: what is kept of the draws, how it comes together, and the entropies that follow from it."""
+
+    def keep(self, outputs: Tensor) -> Kept:
+        """(1+L,N,C,H,W) -> what is needed of these draws; N may be 0. Variant 0 is the full model."""
+
+    def merge(self, a: Kept, b: Kept) -> Kept:
+        """Of the draws of a and b together."""
+
+    def gather(self, kept: Kept) -> Kept:
+        """Of the draws of all ranks, in rank order, bit-identical on all. Collective: all ranks call."""
+
+    def count(self, kept: Kept) -> int:
+        """Number of draws."""
+
+    def differences(self, kept: Kept) -> Tensor:
+        """Entropy terms of each variant minus those of variant 0, (L,K) float64, to be summed over K.
+
+        A term that has no spread in either is not finite.
+        """
+
+
+Form = Callable[[Moments], Tensor]
+"""form(Moments of (V,C,H,W)) -> terms (V,K) float64 whose sum is an entropy, up to a constant that V shares.
+
+A term without any spread is -inf.
+"""
 
 
 def per_element(outputs: Moments) -> Tensor:
@@ -41,19 +74,41 @@ def _pooled(mean: Tensor, variance: Tensor) -> Tensor:
     return total.log() * (mean.shape[2] / 2)
 
 
-ESTIMATORS: dict[str, Estimator] = {"per_element": per_element, "per_channel": per_channel, "scalar": scalar}
+FORMS: dict[str, Form] = {"per_element": per_element, "per_channel": per_channel, "scalar": scalar}
 
 
-def term_differences(outputs: Moments, estimator: Estimator) -> tuple[Tensor, Tensor]:
-    """Entropy terms of each variant minus those of variant 0, over the terms that have a spread in both.
+@dataclass(frozen=True)
+class MomentEstimator:
+    """An Estimator that keeps the Moments of (1+L,C,H,W)."""
 
-    Args:
-        outputs: Moments of (1+L,C,H,W); variant 0 is the full model.
+    form: Form
 
-    Returns:
-        differences (L,K) float64, 0 where a term is left out; number of terms left out per variant (L,) i64.
-    """
-    terms = estimator(outputs)
-    usable = torch.isfinite(terms[1:]) & torch.isfinite(terms[:1])
-    differences = torch.where(usable, terms[1:] - terms[:1], 0.0)
-    return differences, (~usable).sum(1)
+    def keep(self, outputs: Tensor) -> Moments:
+        """See Estimator."""
+        shape = outputs.shape[2:]
+        if outputs.shape[1] == 0:
+            return moments.zero_moments((len(outputs), *shape), outputs.device)
+        each = [moments.moments_of(output) for output in outputs]  # one variant at a time: memory
+        return Moments(outputs.shape[1], torch.stack([m.mean for m in each]), torch.stack([m.m2 for m in each]))
+
+    def merge(self, a: Moments, b: Moments) -> Moments:
+        """See Estimator."""
+        return moments.merge(a, b)
+
+    def gather(self, kept: Moments) -> Moments:
+        """See Estimator."""
+        packed = torch.cat([kept.mean.new_tensor([kept.count]), kept.mean.reshape(-1), kept.m2.reshape(-1)])
+        total = moments.zero_moments(tuple(kept.mean.shape), kept.mean.device)
+        for row in comm.all_gather(packed):
+            mean, m2 = row[1:].view(2, *kept.mean.shape)
+            total = moments.merge(total, Moments(int(row[0].item()), mean, m2))
+        return total
+
+    def count(self, kept: Moments) -> int:
+        """See Estimator."""
+        return kept.count
+
+    def differences(self, kept: Moments) -> Tensor:
+        """See Estimator."""
+        terms = self.form(kept)
+        return torch.where(torch.isfinite(terms[:1]), terms[1:] - terms[:1], torch.nan)

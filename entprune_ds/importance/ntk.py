@@ -50,18 +50,24 @@ def ntk_score(
         draw: repeat -> (z_t (N,C,H,W), t (N,), labels (N,)); the same draws for every candidate.
         projection: (repeat, (C,H,W)) -> tensor of that shape; the same for all samples.
         repeats: number of repeats.
+
+    Raises:
+        DistributedError: on all ranks, when an activation or a gradient is not finite, naming block and repeat.
     """
     world, mine = comm.world_size(), {}
     for first in range(0, repeats, world):
         own = first + comm.rank() % world
         repeat = min(own, repeats - 1)
-        gram = ntk_gram(parts, kept_blocks, *draw(repeat), _project(projection, repeat))
+        gram, problem = _walk(parts, kept_blocks, *draw(repeat), _project(projection, repeat))
         if own == repeat:
-            mine[str(repeat)] = condition_number(gram)
-    gathered = {repeat: kappa for part in comm.all_gather_json(mine) for repeat, kappa in part.items()}
-    kappas = [gathered[str(r)] for r in range(repeats)]
+            mine[str(repeat)] = condition_number(gram), problem
+    gathered = {repeat: found for part in comm.all_gather_json(mine) for repeat, found in part.items()}
+    kappas, problems = zip(*(gathered[str(r)] for r in range(repeats)), strict=True)
+    bad = [f"NTK repeat {r} of depth {len(kept_blocks)}: {problem}" for r, problem in enumerate(problems) if problem]
+    if bad:
+        raise comm.DistributedError(f"{bad[0]}. Nothing was removed.")
     valid = [kappa for kappa in kappas if kappa is not None]
-    return NTKScore(statistics.median(valid) if 2 * len(valid) > repeats else None, kappas)
+    return NTKScore(statistics.median(valid) if 2 * len(valid) > repeats else None, list(kappas))
 
 
 def _project(projection: Callable[[int, tuple[int, ...]], Tensor], repeat: int) -> Callable[[Tensor], Tensor]:
@@ -78,11 +84,24 @@ def ntk_gram(
     output_gradient: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Gram matrix (N,N) float64 of the per-sample gradients of all linear weights and biases of the blocks."""
+    return _walk(parts, kept_blocks, z_t, t, labels, output_gradient)[0]
+
+
+def _walk(
+    parts: Parts, kept_blocks: Sequence[int], z_t: Tensor, t: Tensor, labels: Tensor,
+    output_gradient: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, str]:  # fmt: skip
+    """The Gram matrix, and what is not finite on the way: the first block in the model with such an activation."""
     gram = torch.zeros(len(z_t), len(z_t), dtype=torch.float64, device=parts.device)
-    for _, records in backward_walk(parts, kept_blocks, z_t, t, labels, output_gradient):
+    problem = ""
+    for index, records in backward_walk(parts, kept_blocks, z_t, t, labels, output_gradient):
         for activation, gradient, module in records.values():
             gram += layer_gram(activation, gradient, has_bias=module.bias is not None)
-    return gram
+            if not torch.isfinite(activation).all():
+                problem = f"block {index} has NaN or infinite activations"
+            elif not problem and not torch.isfinite(gradient).all():
+                problem = f"block {index} has NaN or infinite gradients"
+    return gram, problem
 
 
 def layer_gram(a: Tensor, g: Tensor, has_bias: bool, formula: str | None = None, chunk: int = CHUNK_NUMBERS) -> Tensor:

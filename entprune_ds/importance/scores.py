@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from entprune_ds.importance.entropy import ESTIMATORS, Estimator, term_differences
+from entprune_ds.importance.entropy import FORMS, Estimator, MomentEstimator
+from entprune_ds.importance.entropy_cells import Cells, EntropyGroups
+from entprune_ds.importance.jackknife import Resampled, indistinguishable, leave_one_out
 from entprune_ds.importance.sweep_statistics import GroupStatistics, merge, merge_all
 
 MAX_LEFT_OUT = 0.01
 """Largest share of entropy terms without spread; above it the entropy says nothing."""
+MOST_GROUPS = 16
+"""Groups that the jackknife leaves out one by one; more are put together, for the cost of an entropy each."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,10 @@ class Score:
 
     value: float
     standard_error: float
+    same_as: tuple[int, ...] | None = None
+    """Blocks whose score cannot be told apart from this one; None where that was not looked at."""
+    draws: int | None = None
+    """Draws that the score is of, where it is known."""
 
 
 Scores = dict[str, dict[int, Score]]
@@ -30,101 +40,143 @@ Scores = dict[str, dict[int, Score]]
 def score_blocks(
     groups: Sequence[GroupStatistics],
     kept_blocks: Sequence[int],
-    estimator: str = "per_element",
+    entropy: EntropyGroups | None = None,
     entropy_needed: bool = True,
+    confidence: float | None = None,
 ) -> Scores:
     """Every leave-one-out score of every block. Deterministic: equal statistics give equal scores on all ranks.
 
+    Args:
+        groups, kept_blocks, entropy, entropy_needed: see `resample_scores`.
+        confidence: at which pairs of blocks are told apart, for Score.same_as; None leaves it open.
+    """
+    resampled = resample_scores(groups, kept_blocks, entropy, entropy_needed)
+    return as_scores(resampled, kept_blocks, confidence, sum(group.outputs.count for group in groups))
+
+
+def as_scores(
+    resampled: dict[str, Resampled], kept_blocks: Sequence[int], confidence: float | None, draws: int
+) -> Scores:
+    """Values, standard errors and, with a confidence, the blocks that each cannot be told apart from."""
+    scores: Scores = {}
+    for name, score in resampled.items():
+        same = {} if confidence is None else indistinguishable(score, kept_blocks, confidence)
+        pairs = zip(kept_blocks, score.values.tolist(), score.errors.tolist(), strict=True)
+        scores[name] = {b: Score(v, e, same.get(b), None if confidence is None else draws) for b, v, e in pairs}
+    return scores
+
+
+def resample_scores(
+    groups: Sequence[GroupStatistics],
+    kept_blocks: Sequence[int],
+    entropy: EntropyGroups | None = None,
+    entropy_needed: bool = True,
+) -> dict[str, Resampled]:
+    """Every leave-one-out score of every block, with the values that leave one group of draws out.
+
     signed_ced = H(X | drop block) - H(X) and ced = |signed_ced| (EntPruner, arXiv 2511.21122, sec. 3.3), in nats;
-    ced_abs = sum of the absolute term differences, which cannot cancel; loss = rise of the mean loss;
-    mse = mean squared difference of an output element from the full model. The standard error is the
-    jackknife over the groups (Efron & Stein 1981); ced takes that of signed_ced, since folding at 0 would
-    hide the spread of a block whose sign is uncertain.
+    ced_abs = sum of the absolute term differences, which cannot cancel (absent for an entropy of a single term);
+    loss = rise of the mean loss; mse = mean squared difference of an output element from the full model; ld_pruner =
+    shift of the output's mean plus shift of its std, as norms over the elements (LD-Pruner, arXiv 2404.11936). The
+    replicates of ced keep the sign that signed_ced has over all draws, since folding them at 0 would hide the spread
+    of a block whose sign is uncertain.
 
     Args:
         groups: statistics of two or more groups of draws, as `SweepStatistics.reduce` returns them.
         kept_blocks: blocks in the order of the sweep.
-        estimator: a key of entropy.ESTIMATORS.
+        entropy: of the same draws; None is per_element of all of them.
         entropy_needed: whether the blocks are ranked by an entropy score. If not, and too many terms have no
             spread (a fresh head), ced, signed_ced and ced_abs are absent from the result.
 
     Raises:
-        ValueError: for an unknown estimator, or when an entropy is needed and too many terms have no spread,
-            naming the blocks.
+        ValueError: when an entropy is needed and too many terms have no spread, naming the blocks, or when a cell
+            has too few draws for it.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"entropy estimator `{estimator}` is not known. Choose one of {', '.join(ESTIMATORS)}.")
-    entropy, total = ESTIMATORS[estimator], merge_all(groups)
-    problem = _spread_problem(total, kept_blocks, entropy)
-    if problem is not None and entropy_needed:
-        raise ValueError(problem)
-    values = _statistics(total, entropy)
-    resampled = [_statistics(rest, entropy) for rest in _leave_one_group_out(groups)]
-    errors = {name: _jackknife_error(torch.stack([r[name] for r in resampled])) for name in values}
-    values, errors = values | {"ced": values["signed_ced"].abs()}, errors | {"ced": errors["signed_ced"]}
-    names = ("loss", "mse") if problem is not None else ("ced", "signed_ced", "ced_abs", "loss", "mse")
-    return {name: _by_block(kept_blocks, values[name], errors[name]) for name in names}
+    entropy = pooled_entropy(groups) if entropy is None else entropy
+    groups = _put_together(groups, merge)
+    values, rest = _statistics(merge_all(groups)), [_statistics(r) for r in leave_one_out(groups, merge)]
+    others = {name: Resampled(values[name], torch.stack([r[name] for r in rest])) for name in values}
+    entropies = _entropy_scores(entropy, kept_blocks, entropy_needed)
+    return entropies | others
 
 
-def _by_block(kept_blocks: Sequence[int], values: Tensor, errors: Tensor) -> dict[int, Score]:
-    return {b: Score(v, e) for b, v, e in zip(kept_blocks, values.tolist(), errors.tolist(), strict=True)}
+PER_ELEMENT = MomentEstimator(FORMS["per_element"])
 
 
-def left_out_terms(
-    groups: Sequence[GroupStatistics], kept_blocks: Sequence[int], estimator: str = "per_element"
-) -> dict[int, int]:
-    """Number of entropy terms per block that have no spread in the full or the dropped model."""
-    _, left_out = term_differences(merge_all(groups).outputs, ESTIMATORS[estimator])
+def pooled_entropy(groups: Sequence[GroupStatistics], estimator: Estimator = PER_ELEMENT) -> EntropyGroups:
+    """The entropy of all draws together by a MomentEstimator, from the moments that the sweep has anyway."""
+    return EntropyGroups(estimator, Cells(), [[group.outputs] for group in groups])
+
+
+def _entropy_scores(entropy: EntropyGroups, kept_blocks: Sequence[int], needed: bool) -> dict[str, Resampled]:
+    entropy = replace(entropy, kept=_put_together(entropy.kept, entropy.merge))
+    terms, left_out = entropy.differences()
+    problem = _spread_problem(terms.shape[1], left_out.tolist(), kept_blocks)
+    if problem is not None:
+        if needed:
+            raise ValueError(problem)
+        return {}
+    rest = [(t.sum(1), t.abs().sum(1)) for t in entropy.replicates()]
+    signed = Resampled(terms.sum(1), torch.stack([plain for plain, _ in rest]))
+    sign = torch.where(signed.values < 0, -1.0, 1.0).to(signed.values)
+    found = {"ced": Resampled(signed.values.abs(), signed.replicates * sign), "signed_ced": signed}
+    if terms.shape[1] > 1:
+        found["ced_abs"] = Resampled(terms.abs().sum(1), torch.stack([absolute for _, absolute in rest]))
+    return found
+
+
+G = TypeVar("G")
+
+
+def _put_together(groups: Sequence[G], merge: Callable[[G, G], G]) -> list[G]:
+    """At most MOST_GROUPS groups, of as many neighbours each as that takes."""
+    size = -(-len(groups) // MOST_GROUPS)
+    return [functools.reduce(merge, groups[i : i + size]) for i in range(0, len(groups), size)]
+
+
+def left_out_terms(groups: Sequence[GroupStatistics], kept_blocks: Sequence[int]) -> dict[int, int]:
+    """Number of elements per block that have no spread in the full or the dropped model."""
+    _, left_out = pooled_entropy(groups).differences()
     return dict(zip(kept_blocks, left_out.tolist(), strict=True))
 
 
-def scores_as_json(scores: Scores) -> dict[str, dict[str, dict[str, float]]]:
-    """Plain values of decisions.jsonl: {criterion: {"block": {"value", "standard_error"}}}."""
-    return {
-        name: {str(b): {"value": s.value, "standard_error": s.standard_error} for b, s in by_block.items()}
-        for name, by_block in scores.items()
-    }
+def scores_as_json(scores: Scores) -> dict[str, dict[str, dict[str, Any]]]:
+    """Plain values of decisions.jsonl: {criterion: {"block": {"value", "standard_error"}}}.
+
+    With "same_as" and "draws" where they are known.
+    """
+    return {name: {str(b): _score_as_json(s) for b, s in by_block.items()} for name, by_block in scores.items()}
 
 
-def _statistics(group: GroupStatistics, entropy: Estimator) -> dict[str, Tensor]:
-    """Every score of every block on some draws: {name: (L,) float64}."""
-    differences, _ = term_differences(group.outputs, entropy)
+def _score_as_json(score: Score) -> dict[str, Any]:
+    known: dict[str, Any] = {"value": score.value, "standard_error": score.standard_error}
+    if score.same_as is not None:
+        known["same_as"] = list(score.same_as)
+    return known if score.draws is None else known | {"draws": score.draws}
+
+
+def _statistics(group: GroupStatistics) -> dict[str, Tensor]:
+    """Every score that is no entropy, of every block on some draws: {name: (L,) float64}."""
     count, elements = group.outputs.count, group.outputs.mean[0].numel()
     return {
-        "signed_ced": differences.sum(1),
-        "ced_abs": differences.abs().sum(1),
         "loss": (group.loss[1:] - group.loss[0]) / count,
         "mse": group.squared_deviation[1:] / (count * elements),
+        "ld_pruner": _shift(group.outputs.mean) + _shift(group.outputs.variance().sqrt()),
     }
 
 
-def _leave_one_group_out(groups: Sequence[GroupStatistics]) -> list[GroupStatistics]:
-    """For each of G groups the merge of all others, in O(G) merges through running prefixes and suffixes."""
-    suffixes = [groups[-1]]
-    for group in reversed(groups[1:-1]):
-        suffixes.insert(0, merge(group, suffixes[0]))  # suffixes[i] holds groups i+1 and later
-    prefix, rest = groups[0], [suffixes[0]]
-    for i in range(1, len(groups) - 1):
-        rest.append(merge(prefix, suffixes[i]))
-        prefix = merge(prefix, groups[i])
-    return [*rest, prefix]
+def _shift(of_variants: Tensor) -> Tensor:
+    """Norm of the difference from variant 0. (1+L,C,H,W) -> (L,)."""
+    return (of_variants[1:] - of_variants[:1]).flatten(1).norm(dim=1)
 
 
-def _jackknife_error(resampled: Tensor) -> Tensor:
-    """Standard error from statistics (G,L) that each leave one of G groups out -> (L,)."""
-    groups = resampled.shape[0]
-    return (resampled.var(0, correction=0) * (groups - 1)).sqrt()
-
-
-def _spread_problem(total: GroupStatistics, kept_blocks: Sequence[int], entropy: Estimator) -> str | None:
-    """The sentence for the user when too many terms have no spread, else None."""
-    differences, left_out = term_differences(total.outputs, entropy)
-    limit = MAX_LEFT_OUT * differences.shape[1]
-    bad = [f"block {b}: {n}" for b, n in zip(kept_blocks, left_out.tolist(), strict=True) if n > limit]
+def _spread_problem(terms: int, left_out: Sequence[int], kept_blocks: Sequence[int]) -> str | None:
+    """The sentence for the user when too many of the entropy terms have no spread, else None."""
+    bad = [f"block {b}: {n}" for b, n in zip(kept_blocks, left_out, strict=True) if n > MAX_LEFT_OUT * terms]
     if not bad:
         return None
     return (
-        f"more than {MAX_LEFT_OUT:.0%} of the {differences.shape[1]} entropy terms have no spread over the draws "
+        f"more than {MAX_LEFT_OUT:.0%} of the {terms} entropy terms have no spread over the draws "
         f"in the full model or without the block ({'; '.join(bad)}). An untrained model, a constant data set or "
         "too few draws do that: train first, or choose another criterion. Nothing was removed."
     )

@@ -42,18 +42,21 @@ class SweepStatistics:
     """
 
     def __init__(
-        self, kept_blocks: Sequence[int], num_groups: int, output_shape: tuple[int, ...], device: torch.device
-    ):
+        self, kept_blocks: Sequence[int], num_groups: int, output_shape: tuple[int, ...], device: torch.device,
+        unit: str = "block",
+    ):  # fmt: skip
         """
         Args:
             kept_blocks: present blocks in the order of the sweep.
             num_groups: jackknife groups, at least 2.
             output_shape: (C,H,W) of one prediction.
             device: where the statistics live; that of the outputs.
+            unit: what the variants lack, of sweep.UNITS; named in errors.
         """
         if num_groups < 2:
             raise ValueError(f"standard errors need at least 2 groups of draws, got {num_groups}.")
         self.kept_blocks = tuple(kept_blocks)
+        self._what = "block" if unit == "block" else f"the {unit} of block"
         variants = 1 + len(self.kept_blocks)
         zeros = torch.zeros(variants, dtype=torch.float64, device=device)
         empty = GroupStatistics(moments.zero_moments((variants, *output_shape), device), zeros, zeros)
@@ -61,7 +64,9 @@ class SweepStatistics:
         self.problem: str | None = None
         """First output that was not finite; raised by `reduce`, on all ranks together."""
 
-    def update(self, group: int, outputs: Tensor, target: Tensor, t: Tensor, loss_fn: LossFn) -> None:
+    def update(
+        self, group: int, outputs: Tensor, target: Tensor, t: Tensor, loss_fn: LossFn, changes: Tensor | None = None
+    ) -> None:
         """Add draws to a group. Not collective.
 
         Outputs that are not finite are remembered as `problem` instead of raised, because the other ranks
@@ -72,6 +77,7 @@ class SweepStatistics:
             outputs: (1+L,N,C,H,W) of `sweep.leave_one_out`; N = 0 adds nothing.
             target, t: (N,...) and (N,) of the objective.
             loss_fn: called in float64, one variant at a time.
+            changes: (L,2,N) of `sweep.Swept`; names the first block whose stream is not finite.
         """
         if self.problem is not None or outputs.shape[1] == 0:
             return
@@ -85,35 +91,41 @@ class SweepStatistics:
         mean, m2 = torch.stack([m.mean for m in of_variants]), torch.stack([m.m2 for m in of_variants])
         new = GroupStatistics(Moments(outputs.shape[1], mean, m2), torch.stack(deviations), torch.stack(losses))
         finite = torch.isfinite(m2).flatten(1).all(1) & torch.isfinite(new.loss)
-        self.problem = self._describe(finite.tolist(), group)
+        self.problem = self._describe(finite.tolist(), group, changes)
         if self.problem is None:
             self.groups[group] = merge(self.groups[group], new)
 
-    def _describe(self, finite: list[bool], group: int) -> str | None:
-        """One sentence that names the block and the batch, from which variants are finite."""
+    def _describe(self, finite: list[bool], group: int, changes: Tensor | None) -> str | None:
+        """One sentence that names the block and the batch, from which variants and streams are finite."""
         if all(finite):
             return None
         where = f"in calibration batch {group}. Nothing was removed."
         named = ", ".join(str(b) for b, ok in zip(self.kept_blocks, finite[1:], strict=True) if ok == (not finite[0]))
         if finite[0]:
-            return f"the output or the loss is NaN or infinite when block {named} is dropped, {where}"
+            return f"the output or the loss is NaN or infinite when {self._what} {named} is dropped, {where}"
         if named:
-            return f"the output or the loss is NaN or infinite because of block {named} (finite without it), {where}"
-        blocks = list(self.kept_blocks)
-        return f"the output or the loss is NaN or infinite whichever of blocks {blocks} is dropped, {where}"
+            because = f"because of {self._what} {named} (finite without it)"
+            return f"the output or the loss is NaN or infinite {because}, {where}"
+        streams = [] if changes is None else torch.isfinite(changes).flatten(1).all(1).tolist()
+        found = "" if all(streams) else f", and the activations at block {self.kept_blocks[streams.index(False)]} are"
+        which = f"whichever of blocks {list(self.kept_blocks)} is dropped{found}"
+        return f"the output or the loss is NaN or infinite {which}, {where}"
 
-    def reduce(self) -> list[GroupStatistics]:
+    def reduce(self, first: int = 0, stop: int | None = None) -> list[GroupStatistics]:
         """Statistics of all ranks' draws, bit-identical on all ranks. Collective: all ranks call.
 
         Gathered and merged in rank order, one group at a time.
+
+        Args:
+            first, stop: the groups to reduce; all of them by default.
 
         Raises:
             comm.DistributedError: on all ranks, when an output of any rank was not finite, naming block and batch.
             ValueError: when a group has no draws on any rank.
         """
         comm.raise_together(self.problem)
-        reduced = [_gather_group(group) for group in self.groups]
-        empty = [i for i, group in enumerate(reduced) if group.outputs.count == 0]
+        reduced = [_gather_group(group) for group in self.groups[first:stop]]
+        empty = [i for i, group in enumerate(reduced, first) if group.outputs.count == 0]
         if empty:
             raise ValueError(f"calibration batches {empty} have no draws on any rank; every batch needs some.")
         return reduced

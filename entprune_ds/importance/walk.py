@@ -63,6 +63,7 @@ def _head_gradient(parts: Parts, x: Tensor, c: Tensor, output_gradient: Callable
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         prediction = parts.head(x, c)
+        require_graph(prediction, "the head")
         return torch.autograd.grad(prediction, x, output_gradient(prediction.detach()))[0]
 
 
@@ -86,6 +87,7 @@ def _block_gradients(
         with torch.enable_grad():
             x, c = x.detach().requires_grad_(), c.detach().requires_grad_()
             y = block(x, c)
+            require_graph(y, f"block {index}")
     finally:
         for handle in handles:
             handle.remove()
@@ -99,6 +101,24 @@ def _block_gradients(
         for (name, (activation, _)), g in zip(seen.items(), gradients, strict=True)
     }
     return records, input_gradient
+
+
+def require_graph(output: Tensor, of: str) -> None:
+    """Refuse an output that no gradient can flow back from.
+
+    Args:
+        output: of a module that was called with inputs that require gradients.
+        of: what made it, for the error.
+
+    Raises:
+        ValueError: when it has no graph.
+    """
+    if not output.requires_grad:
+        message = (
+            f"the output of {of} carries no gradient, which this score needs: it is detached, or scoring runs under "
+        )
+        message += "torch.inference_mode. Leave that mode, or choose a criterion without gradients, such as loss. "
+        raise ValueError(message + "Nothing was removed.")
 
 
 def _with_tokens(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ the deeper model: the mean over layers is the default score.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ ZERO_SPREAD = 1e-12
 
 @dataclass(frozen=True)
 class ZiCoScore:
-    """ZiCo over the linear layers of a candidate; None when a gradient is not finite or none has a spread."""
+    """ZiCo over the linear layers of a candidate; None when no gradient has a spread."""
 
     mean: float | None
     """Mean over the layers that have a weight with spread."""
@@ -62,6 +62,7 @@ def zico_score(
 
     Raises:
         ValueError: for fewer than 2 batches.
+        DistributedError: on all ranks, when a gradient is not finite, naming block, layer and batch.
     """
     if num_batches < 2:
         raise ValueError(f"ZiCo needs a spread over at least 2 batches, got {num_batches}.")
@@ -79,11 +80,23 @@ def zico_score(
             of_walks = zip(chunks, records_of_walks, strict=True)
             gradients = [g for chunk, records in of_walks for g in _gradients(records[name], len(chunk))]
             ratio, without_spread = _layer_ratio(gradients, len(counted), num_batches)
+            if not math.isfinite(ratio):
+                _raise_not_finite(name, dict(zip(counted, gradients, strict=False)))
             skipped += without_spread
             if ratio != 0.0:  # a layer in which no weight has a spread says nothing
                 logs.append(math.log(ratio))
-    total = math.fsum(logs) if logs and all(map(math.isfinite, logs)) else None
+    total = math.fsum(logs) if logs else None
     return ZiCoScore(None if total is None else total / len(logs), total, skipped)
+
+
+def _raise_not_finite(name: str, gradients: dict[int, Tensor]) -> None:
+    """Raise an error that names the layer and the batch. Collective."""
+    bad = [batch for batch, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+    found = [batch for part in comm.all_gather_json(bad) for batch in part]
+    block, _, layer = name.partition(".")
+    where = f"ZiCo batch {min(found)}" if found else "the sums over the ZiCo batches"
+    text = f"the gradient of layer {layer} of block {block} is NaN or infinite in {where}. Nothing was removed."
+    raise comm.DistributedError(text)
 
 
 def _walk(parts: Parts, kept_blocks: Sequence[int], draws: list[Draw], loss_fn: LossFn):
@@ -114,10 +127,14 @@ def _layer_ratio(gradients: list[Tensor], num_counted: int, num_batches: int) ->
     value of a sum is not the sum of absolute values), and the squares are taken around the mean, because the
     difference E[g^2] - E[g]^2 would cancel.
     """
-    gradients, zeros = gradients[:num_counted], torch.zeros_like(gradients[0])
-    mean = comm.all_reduce_sum(sum(gradients, zeros)) / num_batches
-    mean_abs = comm.all_reduce_sum(sum((g.abs() for g in gradients), zeros)) / num_batches
-    squares = comm.all_reduce_sum(sum(((g - mean).square() for g in gradients), zeros))
+    gradients, like = gradients[:num_counted], gradients[0]
+
+    def over_ranks(values: Iterable[Tensor]) -> Tensor:
+        return comm.all_reduce_sum(sum(values, torch.zeros_like(like)))  # new zeros: a rank may have nothing to add
+
+    mean = over_ranks(gradients) / num_batches
+    mean_abs = over_ranks(g.abs() for g in gradients) / num_batches
+    squares = over_ranks((g - mean).square() for g in gradients)
     std = (squares / num_batches).sqrt()
     if not torch.isfinite(std).all():
         return math.nan, 0

@@ -6,6 +6,8 @@ names of the public checkpoints (`blocks.N.*`) hold at every depth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +22,9 @@ from entprune_ds.models.layers import (
     position_embedding,
 )
 from entprune_ds.rng import generator_for
+
+Tap = Callable[[int, Tensor], Tensor]
+"""tap(original index, output of that block (N,T,D)) -> what the next block takes in its place."""
 
 
 class DiT(nn.Module):
@@ -37,6 +42,7 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", position_embedding(config.hidden_size, self.side), persistent=False)
         self.blocks = nn.ModuleDict({str(i): build_block(config, i) for i in config.blocks})
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.head_channels)
+        self.tap: Tap | None = None
 
     def embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """z_t (N,C,H,W), t (N,), labels (N,) -> tokens x (N,T,D), conditioning c (N,D)."""
@@ -45,11 +51,13 @@ class DiT(nn.Module):
 
     def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
         """x (N,T,D), c (N,D) -> (N,T,D) through all present blocks."""
-        for block in self.blocks.values():
+        for index, block in self.blocks.items():
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)  # (N,T,D), activations recomputed in the backward pass
             else:
                 x = block(x, c)  # (N,T,D)
+            if self.tap is not None:  # out of reach of compilation and of what is computed again
+                x = self.tap(int(index), x)  # (N,T,D)
         return x
 
     def head(self, x: Tensor, c: Tensor) -> Tensor:

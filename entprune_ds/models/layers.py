@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -77,10 +78,16 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through scaled_dot_product_attention."""
+    """Multi-head self-attention through scaled_dot_product_attention.
+
+    gate (heads,) multiplies the output of every head before the projection; None is 1.
+    """
+
+    gate: Tensor | None
 
     def __init__(self, hidden_size: int, num_heads: int, head_size: int):
         super().__init__()
+        self.register_buffer("gate", None, persistent=False)
         self.num_heads, self.head_size = num_heads, head_size
         self.qkv = nn.Linear(hidden_size, 3 * num_heads * head_size)
         self.proj = nn.Linear(num_heads * head_size, hidden_size)
@@ -90,26 +97,38 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, self.head_size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (N,heads,T,head_size)
         x = F.scaled_dot_product_attention(q, k, v)
+        if self.gate is not None:
+            x = x * self.gate.to(x.dtype)[:, None, None]
         return self.proj(x.transpose(1, 2).reshape(n, tokens, self.num_heads * self.head_size))
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between them."""
+    """Two linear layers with a tanh-approximated GELU between them.
+
+    gate (channels,) multiplies every hidden channel before the second layer; None is 1.
+    """
+
+    gate: Tensor | None
 
     def __init__(self, hidden_size: int, mlp_size: int):
         super().__init__()
+        self.register_buffer("gate", None, persistent=False)
         self.fc1 = nn.Linear(hidden_size, mlp_size)
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        x = F.gelu(self.fc1(x), approximate="tanh")  # (N,T,mlp_size)
+        return self.fc2(x if self.gate is None else x * self.gate.to(x.dtype))
 
 
 class Block(nn.Module):
     """adaLN-Zero transformer block (DiT, arXiv 2212.09748, sec. 3.2); removing it is the identity on x.
 
-    norm_eps is that of the norm before the MLP alone: the only one that diffusers configures.
+    norm_eps is that of the norm before the MLP alone: the only one that diffusers configures. gate () multiplies both
+    residual branches; None is 1.
     """
+
+    gate: Tensor | None
 
     def __init__(self, hidden_size: int, num_heads: int, head_size: int, mlp_size: int, norm_eps: float = NORM_EPS):
         super().__init__()
@@ -118,11 +137,30 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         self.mlp = Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.register_buffer("gate", None, persistent=False)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (N,T,D), c (N,D) -> (N,T,D)."""
+    def gates(self) -> dict[str, Tensor]:
+        """All gates by buffer name, 1 where there is none: gate (), attn.gate (heads,), mlp.gate (channels,)."""
+        heads, channels, like = self.attn.num_heads, self.mlp.fc1.out_features, self.mlp.fc1.weight
+        return {
+            "gate": like.new_ones(()) if self.gate is None else self.gate,
+            "attn.gate": like.new_ones(heads) if self.attn.gate is None else self.attn.gate,
+            "mlp.gate": like.new_ones(channels) if self.mlp.gate is None else self.mlp.gate,
+        }
+
+    def set_gates(self, gates: Mapping[str, Tensor]) -> None:
+        """Put these gates in place, by buffer name; those that are not named are taken away."""
+        self.gate, self.attn.gate, self.mlp.gate = (gates.get(n) for n in ("gate", "attn.gate", "mlp.gate"))
+
+    def forward(self, x: Tensor, c: Tensor, without: str = "") -> Tensor:
+        """x (N,T,D), c (N,D) -> (N,T,D); without "attention" or "mlp" only the other branch is applied."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        if self.gate is not None:
+            gate1, gate2 = gate1 * self.gate.to(c.dtype), gate2 * self.gate.to(c.dtype)
+        if without != "attention":
+            x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        if without == "mlp":
+            return x
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 

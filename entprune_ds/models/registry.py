@@ -7,6 +7,7 @@ import math
 import torch
 
 from entprune_ds.config import ModelConfig
+from entprune_ds.macs import blocks_macs
 from entprune_ds.models.dit import DiT
 from entprune_ds.models.layers import TimestepEmbedder
 
@@ -51,19 +52,10 @@ def count_parameters(config: ModelConfig) -> int:
 def count_macs(config: ModelConfig) -> int:
     """Multiply-accumulates of one forward pass of one example: linear layers, convolution and attention.
 
-    Element-wise work is not counted, as in the Gflops column of the DiT paper (table 4), which counts
-    multiply-accumulates.
+    Element-wise work is not counted, see macs.
     """
-    tokens, width = (config.input_size // config.patch_size) ** 2, config.hidden_size
-    patch = config.patch_size**2
-    blocks = 0
-    for index in config.blocks:
-        heads, mlp = config.widths(index)
-        inner = heads * config.head_size
-        blocks += tokens * (4 * width * inner + 2 * width * mlp)  # qkv, output projection, MLP
-        blocks += 2 * tokens * tokens * inner  # scores and weighted values
-        blocks += 6 * width * width  # adaLN, once per example
+    tokens, width, patch = (config.input_size // config.patch_size) ** 2, config.hidden_size, config.patch_size**2
     head_channels = config.in_channels * (2 if config.learn_sigma else 1)
     ends = tokens * patch * width * (config.in_channels + head_channels)
     conditioning = TimestepEmbedder.frequency_size * width + width * width + 2 * width * width
-    return blocks + ends + conditioning
+    return blocks_macs(config) + ends + conditioning

@@ -8,6 +8,11 @@ from collections.abc import Iterable
 MISSING = "–"
 
 
+def number_or_nan(value: float | None) -> float:
+    """A number of JSON, which writes null for one that is not finite."""
+    return math.nan if value is None else float(value)
+
+
 def sensible(value: float, digits: int = 3) -> str:
     """A number with `digits` significant digits: 0.0123, 12.3, 12,345, 1.2e-07; a dash for NaN."""
     if not math.isfinite(value):

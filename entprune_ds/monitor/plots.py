@@ -95,7 +95,7 @@ def score_heat_map(decisions: Sequence[Decision], criterion: str) -> Figure | No
     width = min(max(3.2 + 0.42 * len(blocks), 5.5), 8.4)
     figure, axes = one_panel(width, 1.25 + 0.34 * len(checks))
     axes.set_facecolor(PALE)
-    standard = _standardised(grid)
+    standard = standardised(grid)
     shown = axes.imshow(np.ma.masked_invalid(standard), cmap="cividis", vmin=-2, vmax=2, aspect="auto")
     for row, decision in enumerate(checks):
         for column, block in enumerate(blocks):
@@ -118,7 +118,7 @@ def score_heat_map(decisions: Sequence[Decision], criterion: str) -> Figure | No
     return figure
 
 
-def _standardised(grid: np.ndarray) -> np.ndarray:
+def standardised(grid: np.ndarray) -> np.ndarray:
     """Each row minus its mean, over its standard deviation; NaN stays NaN, a row of equal values becomes 0."""
     spread = np.nanstd(grid, axis=1, keepdims=True)
     return (grid - np.nanmean(grid, axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
@@ -130,18 +130,22 @@ def vote(decision: Decision) -> Figure | None:
     candidates = sorted(decision.candidates, key=lambda c: c.depth)
     if len(candidates) < 2:
         return None
+    timed = any(math.isfinite(c.step_seconds) for c in candidates)
     figure = Figure(figsize=(8.4, 2.35), layout="constrained")
-    first, second, third = figure.subplots(1, 3)
+    first, second, *time, third = panels = figure.subplots(1, 4 if timed else 3)
     first.set_title("NTK condition number (lower is better)", fontsize=8.5)
     second.set_title("ZiCo, mean over layers (higher is better)", fontsize=8.5)
     third.set_title("weighted rank sum (lowest wins)", fontsize=8.5)
     _proxy(first, [c.ntk for c in candidates], [c.ntk_rank for c in candidates])
     _proxy(second, [c.zico_mean for c in candidates], [c.zico_rank for c in candidates])
+    for axes in time:
+        axes.set_title("step time (s, lower is better)", fontsize=8.5)
+        _proxy(axes, [c.step_seconds for c in candidates], [c.time_rank for c in candidates])
     totals = [c.total for c in candidates]
     third.bar(range(len(totals)), [v if math.isfinite(v) else 0 for v in totals], color=GREY, width=0.55)
     _annotate(third, totals, [sensible(v) for v in totals])
     names = [f"{c.depth}\nchosen" if c.depth == decision.chosen_depth else str(c.depth) for c in candidates]
-    for axes in (first, second, third):
+    for axes in panels:
         for place, candidate in enumerate(candidates):
             if candidate.depth == decision.chosen_depth:
                 axes.axvspan(place - 0.48, place + 0.48, color="#fdf0cf", zorder=0)

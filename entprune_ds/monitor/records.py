@@ -22,6 +22,10 @@ class Score:
     value: float
     standard_error: float
     """NaN where it was not measured."""
+    same_as: tuple[int, ...] | None = None
+    """Blocks that could not be told apart from this one; None where that was not looked at."""
+    draws: int | None = None
+    """Draws that the score is of, where the record says so."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Candidate:
     zico_rank: float
     total: float
     """Weighted rank sum, lower wins."""
+    step_seconds: float = math.nan
+    """Time of an optimizer step, lower is better; NaN where it had no vote."""
+    time_rank: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class Decision:
     digest: str
     race: Race | None = None
     """criterion=recovery_race, where there was something to choose."""
+    held: str = ""
+    """Why the check had to wait; empty when it was free to choose."""
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -125,6 +134,7 @@ def decision_of(row: Mapping[str, Any]) -> Decision:
         score_only=row.get("score_only") is True,
         digest=str(row.get("digest", "")),
         race=_race(_object(row["race"])) if row.get("race") else None,
+        held=str(row.get("held", "")),
     )
 
 
@@ -171,11 +181,13 @@ def number(values: Any, *keys: str) -> float:
 
 
 def _score(row: Any) -> Score:
-    return Score(_number(row, "value"), _number(row, "standard_error"))
+    same_as = _blocks(row, "same_as") if "same_as" in _object(row) else None
+    draws = _integer(row, "draws") if "draws" in row else None
+    return Score(_number(row, "value"), _number(row, "standard_error"), same_as, draws)
 
 
 def _candidate(row: Mapping[str, Any]) -> Candidate:
-    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total")
+    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total", "step_seconds", "time_rank")
     values = {name: _number(row, name) for name in names}
     return Candidate(depth=_integer(row, "depth"), kept_blocks=_blocks(row, "kept_blocks", []), **values)
 

@@ -32,6 +32,12 @@ MEANINGS = {
     "every_other": "evenly spaced blocks go",
     "explicit": "the order is given in the config",
     "recovery_race": "keep-sets recover for a few steps each, and what the best of them lacks goes first",
+    "magnitude_l1": "sum of the absolute weights of the block; small goes first",
+    "magnitude_l2": "Euclidean norm of the weights of the block; small goes first",
+    "taylor": "sum of |weight x gradient of the loss| over the block; small goes first",
+    "diff_pruning": "as taylor, of the sum of the losses at the times that are not nearly solved; small goes first",
+    "learned": "probability to be kept, learned together with LoRA; blocks outside the likeliest masks go first",
+    "combined": "weighted average of the places that other criteria give",
 }
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy import stats
-
+from .correlation import Correlations, rank_correlations
 from .numbers import blocks_text, sensible
 from .records import Decision
 
@@ -39,21 +38,27 @@ def score_table(decision: Decision) -> Table:
 
 def vote_table(decision: Decision) -> Table:
     """Candidate depths with proxies, ranks and total; lower total wins."""
-    columns = ("depth", "chosen", "ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total", "kept_blocks")
+    names = ("ntk", "zico_mean", "zico_sum", "ntk_rank", "zico_rank", "total", "step_seconds", "time_rank")
     rows = []
     for c in decision.candidates:
-        figures = [_plain(v) for v in (c.ntk, c.zico_mean, c.zico_sum, c.ntk_rank, c.zico_rank, c.total)]
+        figures = [_plain(getattr(c, name)) for name in names]
         kept = " ".join(map(str, c.kept_blocks))
         rows.append((c.depth, c.depth == decision.chosen_depth, *figures, kept))
-    return Table(columns, tuple(rows))
+    return Table(("depth", "chosen", *names, "kept_blocks"), tuple(rows))
+
+
+def how(decision: Decision) -> str:
+    """How the depth came about, in two or three words."""
+    if decision.score_only:
+        return "scored only"
+    return "removal forced" if decision.forced else "held back" if decision.held else "by vote"
 
 
 def sentence(decision: Decision) -> str:
     """The decision in words."""
     verb = "would remove" if decision.score_only else "removed"
-    how = "a removal was forced" if decision.forced else "by vote"
     text = f"Check {decision.check} at step {decision.step:,} {verb} {blocks_text(decision.dropped)}"
-    text += f" ({how}, criterion {decision.criterion}); depth {len(decision.kept_before)} → {decision.depth}."
+    text += f" ({how(decision)}, criterion {decision.criterion}); depth {len(decision.kept_before)} → {decision.depth}."
     return f"{text} {reason(decision)}".strip()
 
 
@@ -70,7 +75,8 @@ def place(decision: Decision, block: int) -> int | None:
 def separation(decision: Decision) -> str:
     """How clearly the last block that went differs from the first that stayed; empty where that cannot be said.
 
-    The standard errors are combined as if independent. The draws are paired, so the true distance is rather larger.
+    What the check recorded of the paired difference decides. In older records the standard errors are combined as if
+    independent, though the draws are paired, so the true distance is rather larger.
     """
     scores = decision.scores.get(decision.criterion, {})
     ordered = [b for b in decision.order if b in scores]
@@ -79,27 +85,21 @@ def separation(decision: Decision) -> str:
     if not gone or not stayed:
         return ""
     last, first = scores[gone[-1]], scores[stayed[0]]
+    pair = f"Last to go, block {gone[-1]}, and first to stay, block {stayed[0]}"
+    if last.same_as is not None:
+        of_draws = "these" if last.draws is None else f"{last.draws:,}"
+        return f"{pair}: {'not ' if stayed[0] in last.same_as else ''}told apart by {of_draws} draws."
     error = math.hypot(last.standard_error, first.standard_error)
     if not error > 0:
         return ""
     distance = abs(first.value - last.value) / error
     verdict = "clearly different" if distance > 2 else "not told apart by this many draws"
-    pair = f"Last to go, block {gone[-1]}, and first to stay, block {stayed[0]}"
     return f"{pair}: {sensible(distance, 2)} standard errors apart, {verdict}."
 
 
-def agreement(decision: Decision) -> list[tuple[str, float, float]]:
-    """Rank correlation of every other criterion with the one that decided: (criterion, Spearman rho, Kendall tau)."""
-    chosen = decision.scores.get(decision.criterion, {})
-    found = []
-    for criterion, scores in decision.scores.items():
-        pairs = [(chosen[b].value, scores[b].value) for b in decision.kept_before if b in chosen and b in scores]
-        pairs = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
-        spread = all(len(set(values)) > 1 for values in zip(*pairs, strict=True)) if len(pairs) > 2 else False
-        if criterion != decision.criterion and spread:
-            mine, other = zip(*pairs, strict=True)
-            found.append((criterion, float(stats.spearmanr(mine, other)[0]), float(stats.kendalltau(mine, other)[0])))
-    return found
+def correlations(decision: Decision) -> Correlations:
+    """Rank correlations between all criteria that were scored at a check."""
+    return rank_correlations({c: {b: s.value for b, s in found.items()} for c, found in decision.scores.items()})
 
 
 def _plain(value: float) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 from entprune_ds.config import digest as digest_of
 from entprune_ds.pruning.surgery import Narrowing
 
-LATER: dict[str, Any] = {"cut": None, "narrow": {}, "race": {}}
+LATER: dict[str, Any] = {"cut": None, "narrow": {}, "race": {}, "held": "", "state": {}}
 """Fields that older records do not have, and their empty values."""
 
 
@@ -30,11 +30,11 @@ class PruneDecision:
     kept_blocks: tuple[int, ...]
     """Blocks that stay."""
     order: tuple[int, ...]
-    """All present blocks, first to go first."""
+    """All present blocks, first to go first; empty where the check was held and ranked nothing."""
     scores: dict[str, dict[str, dict[str, float | None]]]
     """{criterion: {block: {"value", "standard_error"}}}."""
     candidates: list[dict[str, Any]]
-    """The vote: depth, kept_blocks, ntk, zico_mean, zico_sum, ntk_rank, zico_rank, total of every candidate."""
+    """The vote: the fields of a RankedCandidate for every candidate; none where the check was held."""
     chosen_depth: int
     """Depth that won."""
     forced: bool
@@ -50,17 +50,22 @@ class PruneDecision:
     race: dict[str, Any] = field(default_factory=dict)
     """criterion=recovery_race: candidates {"kept_blocks", "origin"}, rounds {"steps", "losses"}, winner, executor,
     batch_size, share_of_run; empty where nothing raced."""
+    held: str = ""
+    """Why the check had to wait and removed no more than it must, as a clause; empty when it was free to choose."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """What the choice was made from beside scores and candidates, see policy.CheckState; empty in older records."""
 
     def __post_init__(self) -> None:
         for name in ("kept_before", "dropped", "kept_blocks", "order"):
             object.__setattr__(self, name, tuple(int(b) for b in getattr(self, name)))
         if self.cut is not None:
             object.__setattr__(self, "cut", tuple(int(count) for count in self.cut))
-        for name in ("scores", "candidates", "race"):
-            object.__setattr__(self, name, _plain(getattr(self, name)))
+        for name in ("scores", "candidates", "race", "state"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         object.__setattr__(self, "narrow", {int(b): Narrowing(**_fields(n)) for b, n in sorted(self.narrow.items())})
         before = list(self.kept_before)
-        if sorted(self.dropped + self.kept_blocks) != before or sorted(self.order) != before:
+        ranked = sorted(self.order) == before or (not self.order and not self.dropped)
+        if sorted(self.dropped + self.kept_blocks) != before or not ranked:
             raise ValueError(
                 f"decision of check {self.check}: dropped {list(self.dropped)} and kept {list(self.kept_blocks)} "
                 f"blocks, and the order {list(self.order)}, must each make up the blocks before it, {before}."
@@ -89,12 +94,12 @@ class PruneDecision:
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of all fields; without those of LATER where they are empty."""
-        values = _plain(asdict(self))
+        values = plain(asdict(self))
         return digest_of({k: v for k, v in values.items() if k not in LATER or v != LATER[k]})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values of one line of decisions.jsonl, the digest last."""
-        return _plain(asdict(self)) | {"digest": self.digest}
+        return plain(asdict(self)) | {"digest": self.digest}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> PruneDecision:
@@ -121,12 +126,12 @@ def _fields(stays: Narrowing | dict[str, Any]) -> dict[str, Any]:
     return stays if isinstance(stays, dict) else vars(stays)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON values: keys become text, tuples lists, NaN and infinities None."""
     if isinstance(value, dict):
-        return {str(key): _plain(v) for key, v in value.items()}
+        return {str(key): plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

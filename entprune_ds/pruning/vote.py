@@ -1,4 +1,4 @@
-"""The zero-shot vote: two training-free proxies rank the candidate depths and the rank sum decides (EntPruner)."""
+"""The zero-shot vote: training-free proxies, and the step time if asked, rank the candidate depths (EntPruner)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Candidate:
     """ZiCo, mean over layers; higher is better. This one votes."""
     zico_sum: float | None
     """ZiCo, sum over layers; for the record."""
+    step_seconds: float | None = None
+    """Time of an optimizer step, lower is better; None unless it votes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class RankedCandidate(Candidate):
 
     ntk_rank: int
     zico_rank: int
+    time_rank: int | None
+    """None where the step time does not vote."""
     total: float
 
 
@@ -51,29 +55,39 @@ class Vote:
         return [asdict(candidate) | {"kept_blocks": list(candidate.kept_blocks)} for candidate in self.candidates]
 
 
-def vote(candidates: Sequence[Candidate], weights: tuple[float, float], tolerance: float) -> Vote:
+def vote(candidates: Sequence[Candidate], weights: Sequence[float], tolerance: float) -> Vote:
     """Choose the candidate of the lowest weighted rank sum; a tie goes to the deeper candidate.
 
     Args:
         candidates: one or more, of different depths.
-        weights: of the NTK rank and of the ZiCo rank.
-        tolerance: relative difference from the best member of a group below which a proxy ties with it.
+        weights: of the NTK rank, of the ZiCo rank and of the rank of the step time.
+        tolerance: relative difference from the best member of a group below which a voter ties with it.
 
     Raises:
         ValueError: when there is no candidate or two have the same depth.
     """
+    of_ntk, of_zico, of_time = weights
     by_depth = sorted(candidates, key=lambda c: -c.depth)
     if not by_depth or len({c.depth for c in by_depth}) < len(by_depth):
         raise ValueError(f"a vote needs candidates of different depths, got {[c.depth for c in candidates]}.")
-    ntk_ranks = competition_ranks([None if c.ntk is None else -c.ntk for c in by_depth], tolerance)
+    ntk_ranks = competition_ranks([_negative(c.ntk) for c in by_depth], tolerance)
     zico_ranks = competition_ranks([c.zico_mean for c in by_depth], tolerance)
+    time_ranks = competition_ranks([_negative(c.step_seconds) for c in by_depth], tolerance)
     ranked = tuple(
-        RankedCandidate(**vars(c), ntk_rank=n, zico_rank=z, total=weights[0] * n + weights[1] * z)
-        for c, n, z in zip(by_depth, ntk_ranks, zico_ranks, strict=True)
-    )
+        RankedCandidate(
+            **vars(c), ntk_rank=n, zico_rank=z, time_rank=t if of_time else None,
+            total=of_ntk * n + of_zico * z + of_time * t,
+        )
+        for c, n, z, t in zip(by_depth, ntk_ranks, zico_ranks, time_ranks, strict=True)
+    )  # fmt: skip
     lowest = min(c.total for c in ranked)
     chosen = next(c for c in ranked if math.isclose(c.total, lowest, rel_tol=ROUNDING))
     return Vote(chosen, ranked)
+
+
+def _negative(value: float | None) -> float | None:
+    """For voters of which lower is better."""
+    return None if value is None else -value
 
 
 def competition_ranks(values: Sequence[float | None], tolerance: float) -> list[int]:

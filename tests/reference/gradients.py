@@ -31,3 +31,26 @@ def zico_layers(model: nn.Module, batches: list[tuple[Tensor, Tensor, Tensor, Te
         ratio = g.abs().mean(0) / g.std(0, correction=0)
         layers.append(ratio[torch.isfinite(ratio)].sum().log().item())
     return layers
+
+
+def taylor(model: nn.Module, losses: list[Tensor]) -> tuple[dict[int, float], dict[int, float]]:
+    """sum |w g| of every block and its jackknife standard error, by autograd of each batch's share of the loss.
+
+    Args:
+        model: holds the parameters.
+        losses: one scalar per batch; the loss is their mean.
+    """
+    values, errors = {}, {}
+    for name, block in model.blocks.items():
+        parameters = list(block.parameters())
+        of_batches = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+
+        def score(batches: list[int], of_batches: list = of_batches, parameters: list = parameters) -> float:
+            means = [sum(of_batches[b][i] for b in batches) / len(batches) for i in range(len(parameters))]
+            return sum((p * g).abs().sum().item() for p, g in zip(parameters, means, strict=True))
+
+        every = list(range(len(losses)))
+        values[int(name)] = score(every)
+        rest = torch.tensor([score([b for b in every if b != left]) for left in every], dtype=torch.float64)
+        errors[int(name)] = ((len(every) - 1) * rest.var(correction=0)).sqrt().item()
+    return values, errors

@@ -30,6 +30,7 @@ def brute_force_scores(outputs: Tensor, target: Tensor, groups: list[list[int]])
     def values(draws: list[int]) -> dict[str, Tensor]:
         x, y = outputs[:, draws], target[draws]
         log_sigma = x.std(1, correction=0).log().flatten(1)
+        mean, std = x.mean(1).flatten(1), x.std(1, correction=0).flatten(1)
         loss = (x - y).square().flatten(2).mean(2).mean(1)
         signed = log_sigma[1:].sum(1) - log_sigma[0].sum()
         return {
@@ -38,6 +39,7 @@ def brute_force_scores(outputs: Tensor, target: Tensor, groups: list[list[int]])
             "ced_abs": (log_sigma[1:] - log_sigma[0]).abs().sum(1),
             "loss": loss[1:] - loss[0],
             "mse": (x[1:] - x[0]).square().flatten(1).mean(1),
+            "ld_pruner": (mean[1:] - mean[0]).norm(dim=1) + (std[1:] - std[0]).norm(dim=1),
         }
 
     everything = values([i for group in groups for i in group])

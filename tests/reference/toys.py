@@ -53,10 +53,11 @@ class ToyModel(nn.Module):
 
     in_channels = None  # all of them
 
-    def __init__(self, *functions: Callable[[Tensor], Tensor], first_index: int = 0):
+    def __init__(self, *functions: Callable[[Tensor], Tensor] | nn.Module, first_index: int = 0):
         super().__init__()
         self.unused = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.blocks = nn.ModuleDict({str(first_index + i): Apply(f) for i, f in enumerate(functions)})
+        blocks = [f if isinstance(f, nn.Module) else Apply(f) for f in functions]
+        self.blocks = nn.ModuleDict({str(first_index + i): block for i, block in enumerate(blocks)})
 
     def embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.shape = z_t.shape[1:]

@@ -1,0 +1,131 @@
+"""A worker of `entprune-ds compare`: one process that trains and measures one row after another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from entprune_ds import comm
+from entprune_ds.atomic import write_text
+from entprune_ds.cli.compare_plan import Row, rows_of, studies
+from entprune_ds.cli.compare_row import Bench, missing, open_bench, read_result, run_base, run_row
+from entprune_ds.config import Config
+from entprune_ds.locks import FolderBusy, locked
+
+Say = Callable[[str, str], None]
+"""say(event, row): tells the parent what this worker does."""
+
+
+def base_config(config: Config) -> Config:
+    """Settings of the base that the comparison trains."""
+    compare = config.compare
+    return replace(
+        config,
+        run=replace(config.run, name="base", root=compare.out, seed=compare.seeds[0]),
+        model=replace(config.model, depth=compare.base_depth, kept_blocks=None, block_widths=(), weights=""),
+        train=replace(config.train, num_steps=compare.base_steps, stop_step=None),
+        prune=replace(config.prune, target_depth=None), monitor=replace(config.monitor, wandb=False),
+    )  # fmt: skip
+
+
+def base_path(config: Config) -> Path:
+    """Where the base lies, or will lie."""
+    return Path(config.compare.base or Path(config.compare.out) / "base" / "model")
+
+
+def failure_path(out: Path, name: str) -> Path:
+    """Marks a row that failed in this call of the command."""
+    return out / "failures" / f"{name}.json"
+
+
+def log_path(out: Path, name: str) -> Path:
+    """What a row printed while it was trained."""
+    return out / "logs" / f"{name}.txt"
+
+
+def work(config: Config, part: str) -> None:
+    """Train the base (part "base"), or every row that is not finished, failed or in the hands of another worker."""
+    comm.init(config.run.timeout_seconds)  # once: each training joins it
+    out, say = Path(config.compare.out), _announcer()
+    if part == "base":
+        from entprune_ds.trainer import train
+
+        say("start", "base")
+        with locked(out / "locks" / "base", "`compare.out`"), _into(log_path(out, "base")):
+            if not base_path(config).is_dir():
+                train(base_config(config), [])
+        say("done", "base")
+        return
+    bench = open_bench(config, out, base_path(config))
+    attempt(out, "base", lambda: run_base(bench), lambda: "latency_ms" not in read_result(out, "base"), say)
+    for row in rows_of(studies(config, bench.model)):
+        attempt(out, row.name, _task(bench, row), _unfinished(bench, row), say)
+
+
+def _task(bench: Bench, row: Row) -> Callable[[], None]:
+    return lambda: run_row(bench, row)
+
+
+def _unfinished(bench: Bench, row: Row) -> Callable[[], bool]:
+    return lambda: bool(missing(row, bench.config.compare, read_result(bench.out, row.name)))
+
+
+def attempt(out: Path, name: str, task: Callable[[], None], wanted: Callable[[], bool], say: Say) -> None:
+    """Do a row unless it is done, has failed, or another worker does it; what it raises is its failure, not ours.
+
+    An error inside the training ends this process instead; the parent then notes the failure.
+    """
+    if not wanted() or failure_path(out, name).is_file():
+        return
+    with contextlib.suppress(FolderBusy), locked(out / "locks" / name, "`compare.out`"):
+        if not wanted():
+            return  # another worker has just finished it
+        say("start", name)
+        with _into(log_path(out, name)):
+            try:
+                task()
+            except Exception as error:
+                traceback.print_exc()
+                note_failure(out, name, f"{type(error).__name__}: {error}")
+        say("failed" if failure_path(out, name).is_file() else "done", name)
+
+
+def note_failure(out: Path, name: str, why: str) -> None:
+    """Mark a row as failed."""
+    path = failure_path(out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"row": name, "why": why, "log": str(log_path(out, name))}))
+
+
+def _announcer() -> Say:
+    """Events go to the standard output that this process was started with, as JSON lines."""
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+
+    def say(event: str, name: str) -> None:
+        channel.write(json.dumps({"event": event, "row": name}) + "\n")
+        channel.flush()
+
+    return say
+
+
+@contextlib.contextmanager
+def _into(log: Path) -> Iterator[None]:
+    """Everything that is printed, by C++ too, goes to the end of a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    with open(log, "a", buffering=1) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            for descriptor, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, descriptor)
+                os.close(old)

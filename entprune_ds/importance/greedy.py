@@ -1,0 +1,72 @@
+"""score.mode=greedy: the blocks are scored again after each that goes, on the same draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from entprune_ds import comm
+from entprune_ds.importance.measuring import Batch, Draw, Measuring
+from entprune_ds.importance.scores import Scores
+from entprune_ds.importance.stack_memory import KeptStreams
+
+
+class Replay:
+    """Draws that every round sees again from the first."""
+
+    def __init__(self, draw: Draw):
+        self._draw = draw
+        self._seen: dict[str, list[Batch]] = {}
+        self._next: dict[str, int] = {}
+
+    def rewind(self) -> None:
+        """Begin a round."""
+        self._next = {}
+
+    def __call__(self, purpose: str, count: int, t: Tensor | None = None) -> Batch:
+        """See Measuring.draw; every round asks for the same counts."""
+        seen, place = self._seen.setdefault(purpose, []), self._next.get(purpose, 0)
+        if place == len(seen):
+            seen.append(self._draw(purpose, count, t))
+        if len(seen[place].labels) != count:
+            before = len(seen[place].labels)
+            raise ValueError(f"draw {place} of {purpose} took {before} examples before and now {count}.")
+        self._next[purpose] = place + 1
+        return seen[place]
+
+
+def greedy_ranking(
+    m: Measuring,
+    measure: Callable[[Measuring], Scores],
+    order: Callable[[Scores, tuple[int, ...]], list[int]],
+    removals: int,
+) -> tuple[Scores, list[int]]:
+    """Scores, and the order of removal by brute-force greedy: measure, drop the first in order, measure again.
+
+    What a round shares with the one before is taken over: the draws, and the streams before the removed block.
+    Collective: all ranks call, with `measure` and `order` that agree on all of them.
+
+    Args:
+        m: the check.
+        measure: scores of m.kept_blocks.
+        order: (scores, blocks) -> blocks, first to go first.
+        removals: blocks that this check may remove; at most one fewer than there are.
+
+    Returns:
+        Scores of the first round; those of round r that the criterion ranks by are named criterion/greedyR. And all
+        blocks: the removals of the rounds, then the rest as the last round ranks them.
+    """
+    draw, criterion = Replay(m.draw), m.config.prune.criterion
+    m = replace(m, draw=draw, streams=KeptStreams(m.config, comm.world_size(), len(m.kept_blocks)))
+    scores = measure(m)
+    ranked, gone = order(scores, m.kept_blocks), list[int]()
+    for number in range(1, removals):
+        gone.append(ranked[0])
+        m = replace(m, kept_blocks=tuple(b for b in m.kept_blocks if b != gone[-1]))
+        draw.rewind()
+        now = measure(m)
+        ranked = order(now, m.kept_blocks)
+        scores |= {f"{name}/greedy{number}": now[name] for name in (criterion,) if name in now}
+    return scores, gone + ranked

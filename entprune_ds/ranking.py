@@ -1,0 +1,120 @@
+"""Which blocks go first: what the criterion measures at a check, and the order of removal that follows from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from entprune_ds import comm
+from entprune_ds.config import Config, PruneConfig
+from entprune_ds.criterion_choice import chosen_criterion
+from entprune_ds.diffusion.objective import build_objective
+from entprune_ds.importance.criteria import removal_order
+from entprune_ds.importance.greedy import greedy_ranking
+from entprune_ds.importance.leave_one_out import measure_sweep
+from entprune_ds.importance.measuring import Batch, Measuring
+from entprune_ds.importance.parts import Parts
+from entprune_ds.importance.scores import Scores, scores_as_json
+from entprune_ds.pruning.policy import CheckState, protected_last
+
+Examples = Callable[[str, int], tuple[Tensor, Tensor]]
+"""examples(purpose, count) -> the next latents (count,C,H,W) and labels (count,) of a purpose, equal on all ranks."""
+HoldRace = Callable[[Measuring, Scores], tuple[Scores, dict[str, Any], Parts]]
+"""hold_race(check, scores of the sweep) -> scores of the race, its record, and the model as it is read from now on."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a check has measured, and what follows from it."""
+
+    scores: Scores
+    order: list[int]
+    """Present blocks, first to go first; empty where nothing was ranked."""
+    parts: Parts
+    """The model as it is read from now on: a race may have built the engine anew."""
+    race: dict[str, Any] = field(default_factory=dict)
+    """Record of the race; empty where nothing raced."""
+    race_seconds: float = 0.0
+
+
+def rank_blocks(m: Measuring, state: CheckState, hold_race: HoldRace | None = None) -> Ranking:
+    """Measure what the criterion needs and rank the present blocks, by score.mode. Collective.
+
+    Args:
+        m: the check.
+        state: the same check as the policy sees it.
+        hold_race: for a criterion that races; collective.
+
+    Raises:
+        ValueError: when the criterion races and nothing is there to train.
+    """
+
+    def order(scores: Scores, kept_blocks: tuple[int, ...]) -> list[int]:
+        comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
+        found = order_of(replace(state, kept_blocks=kept_blocks), scores)
+        comm.assert_same_on_all_ranks(found, "the order of removal")  # a user's criterion may be random
+        return found
+
+    if m.config.score.mode == "greedy":
+        return Ranking(*greedy_ranking(m, measure, order, m.removable), m.parts)
+    scores = measure(m)
+    if not chosen_criterion(m.config.prune).races:
+        return Ranking(scores, order(scores, m.kept_blocks), m.parts)
+    if hold_race is None:
+        message = f"`prune.criterion` {m.config.prune.criterion} trains candidates, which needs a training run. "
+        raise ValueError(message + "Choose another.")
+    start = time.perf_counter()
+    raced, record, parts = hold_race(m, scores)
+    scores |= raced
+    return Ranking(scores, order(scores, m.kept_blocks), parts, record, time.perf_counter() - start)
+
+
+def order_of(state: CheckState, scores: Scores) -> list[int]:
+    """The order of removal of a check: that of its criterion, the protected blocks last. Pure."""
+    prune = PruneConfig(criterion=state.criterion, combined=state.combined)
+    order = removal_order(
+        chosen_criterion(prune), scores, state.kept_blocks, target_depth=state.target_depth, seed=state.seed,
+        check=state.check, explicit_order=state.explicit_order, combined=prune.combined_weights,
+    )  # fmt: skip
+    return protected_last(order, state.protected)
+
+
+def measure(m: Measuring, for_the_record: bool = False) -> Scores:
+    """What the criterion needs, and the sweep for the record unless score.sweep=needed. Collective.
+
+    Args:
+        m: the check.
+        for_the_record: nothing will be ranked, so that nothing is needed.
+    """
+    criterion, needed = chosen_criterion(m.config.prune), not for_the_record
+    scores: Scores = {}
+    if m.config.score.sweep == "always" or (needed and criterion.needs_sweep):
+        scores |= measure_sweep(m, entropy_needed=needed and criterion.needs_entropy)
+    if needed and criterion.measure is not None:
+        scores |= criterion.measure(m)
+    return scores
+
+
+def measuring(
+    parts: Parts, kept_blocks: tuple[int, ...], config: Config, check: int, examples: Examples, removable: int = 1
+) -> Measuring:
+    """A check as criteria see it: draws of this check's own random streams."""
+    objective = build_objective(config.model, config.diffusion)
+    taken: dict[str, int] = {}
+
+    def draw(purpose: str, count: int, t: Tensor | None = None) -> Batch:
+        first = taken.get(purpose, 0)
+        taken[purpose] = first + count
+        latents, labels = examples(purpose, count)
+        slots = range(first, first + count)
+        draws = objective.make_draws(latents, labels, slots, seed=config.run.seed, purpose=purpose, step=check, t=t)
+        return Batch(draws.z_t, draws.t, draws.labels, draws.target)
+
+    return Measuring(
+        parts=parts, kept_blocks=kept_blocks, config=config, check=check, draw=draw, loss_fn=objective.scoring_loss,
+        removable=removable,
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""`entprune-ds compare` as a user runs it: real workers that are killed, rows that fail, and a second call."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from entprune_ds.cli.compare_row import spent
+from entprune_ds.config import load_config
+from entprune_ds.data.builtin import write_digits
+from entprune_ds.interop.safetensors import write_export
+from entprune_ds.interop.source import Source
+from entprune_ds.interop.tensors import parameter_shapes
+from entprune_ds.monitor.files import read_json_lines
+from tests.ranks import ROOT
+from tests.tiny import load_model
+
+SIZE = ["model.depth=6", "model.hidden_size=32", "model.num_heads=2"]
+TINY = [
+    "preset=digits", *SIZE, "target_depth=3", "train.global_batch_size=16", "train.validation_draws=32",
+    "score.draws=64", "score.batch_size=32", "prune.ntk_samples=4", "prune.ntk_repeats=1", "prune.zico_batches=2",
+    "prune.zico_batch_size=4", "sample.num_samples=80", "sample.num_steps=2", "evaluate.latency_repeats=3",
+    "evaluate.latency_batches=[1]", "compare.recovery_steps=40", "compare.num_checks=3", "compare.phase=0.3",
+    "compare.random_sets=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with digits, and a base whose every weight is random, so that outputs have a spread."""
+    folder = tmp_path_factory.mktemp("compare")
+    write_digits(folder / "data", shard_size=64, seed=0)
+    model = load_config(["preset=digits", *SIZE]).model
+    generator = torch.Generator().manual_seed(3)
+    shapes = parameter_shapes(model)
+    weights = {
+        n: torch.randn(s, generator=generator) * (0.02 if len(s) == 1 else s[-1] ** -0.5) for n, s in shapes.items()
+    }
+    write_export(folder / "base", Source(model, weights.__getitem__, {"weights": "ema", "step": 0}))
+    zeros = weights | {"final_layer.linear.weight": torch.zeros(shapes["final_layer.linear.weight"])}
+    write_export(folder / "no_spread", Source(model, zeros.__getitem__, {"weights": "ema", "step": 0}))
+    return folder
+
+
+def command(place: Path, *words: str) -> list[str]:
+    """The command on the tiny base."""
+    data = [f"data.shards={place / 'data' / 'train'}", f"base={place / 'base'}", f"out={place / 'out'}"]
+    return [sys.executable, "-m", "entprune_ds.cli.compare", *TINY, *data, *words]
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    """The command as a process of its own group."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def worker_in(row: Path, process: subprocess.Popen) -> int:
+    """The process that holds a row, once its training has written a checkpoint."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        lock = row.parents[1] / "locks" / row.name / "lock"
+        if (row / "checkpoints" / "latest").is_file() and lock.is_file():
+            found = re.search(r"process (\d+)", lock.read_text())
+            if found:
+                return int(found[1])
+        time.sleep(0.02)
+    raise AssertionError(f"no worker came to {row}")
+
+
+@pytest.mark.full
+def test_a_killed_worker_a_second_call_and_rows_that_are_ordinary_trainings(place):
+    words = command(place, "criteria=[ced,random,every_other]", "seeds=[0,1]", "study=[criteria,subsets,schedule]",
+                    "compare.subsets=3", "compare.long_steps=50", "compare.probe_steps=[5,10]")  # fmt: skip
+    out = place / "out"
+    process = start(words)
+    victim = worker_in(out / "rows" / "ced-s0", process)
+    os.kill(victim, signal.SIGKILL)
+    text, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, text
+    assert "ced-s0 died and is taken up again" in text and "FAILED" not in text
+
+    rows = json.loads((out / "compare.json").read_text())
+    assert sorted((r["criterion"], r["seed"]) for r in rows) == [
+        (c, s) for c in ("ced", "every_other", "random_1") for s in (0, 1)
+    ]
+    for row in rows:
+        assert len(row["kept_blocks"]) == 3 and row["latency_ms"] > 0 and row["equal_steps"]["steps"] == 40
+        name = f"{row['criterion']}-s{row['seed']}"
+        metrics = read_json_lines(out / "rows" / name / "metrics.jsonl").rows
+        assert (row["macs_training"], row["macs_scoring"]) == spent(metrics, row["steps"])
+    totals = {(r["criterion"], r["seed"]): r for r in rows}
+    plain = totals["every_other", 0]["macs_training"] / totals["every_other", 0]["steps"]
+    for row in rows:  # equal total compute, within half a step
+        assert abs(row["macs"] - 40 * plain) <= 0.51 * plain, row
+    assert totals["ced", 0]["steps"] < totals["random_1", 0]["steps"] == 40
+    assert totals["random_1", 0]["kept_blocks"] == totals["random_1", 1]["kept_blocks"]
+    markdown = (out / "compare.md").read_text()
+    for title in (
+        "equal total compute",
+        "at 40 optimizer steps",
+        "Memorisation",
+        "predicts the FID",
+        "One-shot, fixed",
+    ):
+        assert title in markdown, title
+    for score in ("sum of single ced", "ced of the whole set", "mse of the whole set", "validation loss after 5 steps"):
+        assert f"| {score} | 6 |" in markdown, score  # three random sets and those of three criteria
+    assert {p.name for p in out.glob("*.png")} >= {
+        "criteria_fid.png",
+        "damage_fid.png",
+        "subsets.png",
+        "schedule_fid.png",
+    }
+    assert not list(out.glob("rows/*/checkpoints")) and not list(out.glob("locks/*/lock"))
+
+    before = {p: p.stat().st_mtime_ns for p in (out / "results").glob("*.json")}
+    again = start(words)
+    text, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, text
+    assert {p: p.stat().st_mtime_ns for p in before} == before  # nothing was trained or measured again
+    assert json.loads((out / "compare.json").read_text()) == rows and f"{len(before) - 1} done" in text
+
+    # the killed row, and any other, is what the ordinary command trains with the row's settings
+    config = out / "rows" / "ced-s0" / "config.yaml"
+    step = totals["ced", 0]["steps"]
+    plainly = [f"preset={config}", f"run.root={place / 'plain'}", f"train.stop_step={step}", "train.num_steps=40",
+               "train.validate_every=7"]  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-m", "entprune_ds.cli.train", *plainly], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    ours, _ = load_model(out / "rows" / "ced-s0" / f"model_{step}")
+    theirs, facts = load_model(place / "plain" / "ced-s0" / "model")
+    assert facts["step"] == step
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
+
+    other = subprocess.run([*words, "train.learning_rate=1e-3"], capture_output=True, text=True, timeout=120,
+                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert other.returncode == 2 and "was made with other settings" in other.stderr
+
+
+@pytest.mark.full
+def test_a_row_that_fails_is_told_at_the_end_and_the_others_go_on(place):
+    words = [
+        w for w in command(place, "criteria=[ced,every_other]", "seeds=[0]") if not w.startswith(("base=", "out="))
+    ]
+    words += [f"base={place / 'no_spread'}", f"out={place / 'failing'}", "workers=1"]
+    process = start(words)
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 1, text
+    rows = json.loads((place / "failing" / "compare.json").read_text())
+    assert [row["criterion"] for row in rows] == ["every_other"]
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: row ced-s0 failed: ended with status 2") and "have no spread" in last
+    log = Path(last.rpartition("Log: ")[2])
+    assert "no spread over the draws" in log.read_text()
+
+
+@pytest.mark.full
+def test_an_interrupted_comparison_leaves_no_worker_and_goes_on(place):
+    words = [w for w in command(place, "criteria=[every_other]", "seeds=[0]") if not w.startswith("out=")]
+    words += [f"out={place / 'stopped'}", "workers=2"]
+    process = start(words)
+    victim = worker_in(place / "stopped" / "rows" / "every_other-s0", process)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in text
+    with pytest.raises(ProcessLookupError):
+        os.kill(victim, 0)
+    again = start(words)
+    text, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, text
+    assert len(json.loads((place / "stopped" / "compare.json").read_text())) == 1
