@@ -293,6 +293,7 @@ def test_scores_of_keep_sets_are_ranked_by_how_well_they_predict():
         row |= {"equal_steps": {"fid": float(i)}, "long": {"fid": float((i * 5) % 7)}}
     scores = {f"set_{i}": {"good": i**2, "bad": -i, "flat": 1.0} for i in range(6)}
     scores["set_0"]["rare"] = 2.0
+    sets.append(plain("set_0", 1, 50.0))  # another seed was not trained to the long stop
     table = correlation_table(sets, scores).splitlines()
     expected = f"{stats.spearmanr(range(6), [0, 5, 3, 1, 6, 4])[0]:+.2f}"
     assert table[2].split(" | ")[:4] == ["| good", "6", "+1.00", "+1.00"] and table[2].split(" | ")[4] == expected

@@ -144,7 +144,7 @@ def figures(rows: dict[str, list[PlainRow]], scores: dict[str, dict[str, float]]
         }
         found["damage_fid.png"] = compare_plots.scatter(points, "damage right after the removal", "FID after recovery")
     if scores:
-        sets = [r for r in [*rows["criteria"], *rows["subsets"]] if r["criterion"] in scores]
+        sets = [r for r in [*rows["criteria"], *rows["subsets"]] if "long" in r]
         names = list(next(iter(scores.values())))
         panels = {n: [scores[r["criterion"]].get(n, float("nan")) for r in sets] for n in names}
         short, long = ([r[which]["fid"] for r in sets] for which in ("equal_steps", "long"))

@@ -120,13 +120,13 @@ def correlation_table(rows: Sequence[PlainRow], scores: dict[str, dict[str, floa
     """Rank correlation of every score of a keep-set with the FID after a short and a long recovery.
 
     Args:
-        rows: with "equal_steps" and "long".
+        rows: those with "long" count, which are of one seed.
         scores: {contestant: {score: value}}.
     """
     names = list(dict.fromkeys(name for by_score in scores.values() for name in by_score))
     lines = []
     for name in names:
-        with_it = [r for r in rows if name in scores.get(r["criterion"], {})]
+        with_it = [r for r in rows if "long" in r and name in scores.get(r["criterion"], {})]
         values = [scores[r["criterion"]][name] for r in with_it]
         short, long = ([r[which]["fid"] for r in with_it] for which in ("equal_steps", "long"))
         found = [*rank_correlations(values, short), *rank_correlations(values, long)]
