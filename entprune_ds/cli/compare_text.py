@@ -14,6 +14,9 @@ from entprune_ds.monitor.numbers import MISSING, sensible, with_error
 CLEAR = 2.0
 """Standard errors beyond which a difference is called one."""
 
+OVER = 1.02
+"""Share of the common compute above which a contestant is said to exceed it; stops are whole steps."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -98,6 +101,15 @@ def standing(rows: Sequence[PlainRow]) -> str:
     text += f" (of {len(paired_clear)}, paired over the seeds)"
     text += f"; not of {', '.join(unclear)}." if unclear else "."
     return f"{text}\n\n{markdown_table(head, lines)}"
+
+
+def over_budget(rows: Sequence[PlainRow]) -> str:
+    """Contestants that cost more than the common compute, which their checks alone exceed; empty if none does."""
+    over = []
+    for name, group in by_contestant(rows).items():
+        ratio = mean_of([r["macs"] / r["macs_budget"] for r in group]).value
+        over += [f"{name} ({ratio:.2f} x)"] if ratio > OVER else []
+    return f"Over the common compute as soon as the last check was made: {', '.join(over)}." if over else ""
 
 
 def margins(rows: Sequence[PlainRow], champion: str) -> str:
