@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from entprune_ds import comm
 from entprune_ds.atomic import write_text
@@ -91,7 +92,8 @@ def run_row(bench: Bench, row: Row) -> None:
     begin, before = time.monotonic(), result["seconds"]
 
     def save() -> None:
-        result["seconds"] = before + time.monotonic() - begin
+        memory = psutil.Process().memory_info().rss >> 20
+        result.update(seconds=before + time.monotonic() - begin, worker_mib=memory)
         write_text(path, json.dumps(result, indent=2, allow_nan=False))
 
     stops = {compare.recovery_steps, *([compare.long_steps] if row.long else [])}
