@@ -58,10 +58,8 @@ def rank_blocks(m: Measuring, state: CheckState, hold_race: HoldRace | None = No
         comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
         return scores
 
-    if m.config.score.mode == "greedy":
-        scores = greedy_scores(m, agreed, order_in(state), m.removable)
-    else:
-        scores = agreed(m)
+    greedy = m.config.score.mode == "greedy"
+    scores = greedy_scores(m, agreed, order_in(state), m.removable) if greedy else agreed(m)
     parts, record, start = m.parts, dict[str, Any](), time.perf_counter()
     if chosen_criterion(m.config.prune).races:
         if hold_race is None:
