@@ -26,6 +26,7 @@ METHODS = {
     "criterion combined": ["prune.criterion=combined", "prune.combined=[taylor:1,random:1]"],
     "criterion recovery_race": ["prune.criterion=recovery_race", *RACE],
     "greedy scores and branches": ["score.mode=greedy", "score.unit=attention"],
+    "estimator low_rank": ["score.estimator=low_rank", "score.rank=4", "score.until=resolved", "score.max_draws=128"],
     "vote by NTK alone": ["prune.vote_weights=[1,0,0]"],
     "vote by ZiCo alone": ["prune.vote_weights=[0,1,0]"],
     "vote with step time": ["prune.vote_weights=[1,0.5,0.5]"],
@@ -109,7 +110,7 @@ def test_what_the_table_promises_trains_and_prunes(digits, tmp_path, topology):
         assert found.keys() == expected.keys()
         near = 0.05 if "bf16" in method else 1e-5
         same = range(
-            1, 2 if method.startswith(("criterion", "vote", "greedy")) else 8
+            1, 2 if method.startswith(("criterion", "estimator", "vote", "greedy", "gradient-flow")) else 8
         )  # another order trains another model
         assert [found[s] for s in same] == pytest.approx([expected[s] for s in same], rel=near), method
         if method == "criterion explicit":
