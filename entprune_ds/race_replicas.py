@@ -14,6 +14,7 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig
+from entprune_ds.diffusion.objective import Draws
 from entprune_ds.engine.build import Engine, build_optimizer
 from entprune_ds.engine.ds_config import WORKING_BLOCKS
 from entprune_ds.engine.view import gather_full
@@ -130,12 +131,13 @@ class Replicas:
         for i, draws in enumerate(self.recovery.draws(start, stop), start):
             for group in optimizer.param_groups:
                 group["lr"] = self.recovery.learning_rate(i)
-            self._step(model, optimizer, draws)
+            self.step(model, optimizer, draws)
             yield (i + 1 - start) / (stop - start)
         self.loss = mean_loss(model, self.recovery)
         self.going_on[kept] = state_of(model, optimizer)
 
-    def _step(self, model: DiT, optimizer: torch.optim.Optimizer, draws: Any) -> None:
+    def step(self, model: DiT, optimizer: torch.optim.Optimizer, draws: Draws) -> None:
+        """One optimizer step on the draws of a whole trial batch."""
         clip, count = self.recovery.config.train.grad_clip, len(draws.t)
         for part in draws.split(self.micro):
             part = part.to(comm.device(), torch.float32)

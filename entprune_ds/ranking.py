@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from entprune_ds.config import Config, PruneConfig
 from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.diffusion.objective import build_objective
 from entprune_ds.importance.criteria import removal_order
-from entprune_ds.importance.greedy import greedy_ranking
+from entprune_ds.importance.greedy import greedy_order, greedy_scores
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.measuring import Batch, Measuring
 from entprune_ds.importance.parts import Parts
@@ -53,34 +53,43 @@ def rank_blocks(m: Measuring, state: CheckState, hold_race: HoldRace | None = No
         ValueError: when the criterion races and nothing is there to train.
     """
 
-    def order(scores: Scores, kept_blocks: tuple[int, ...]) -> list[int]:
+    def agreed(m: Measuring) -> Scores:
+        scores = measure(m)
         comm.assert_same_on_all_ranks(scores_as_json(scores), "the block scores")
-        found = order_of(replace(state, kept_blocks=kept_blocks), scores)
-        comm.assert_same_on_all_ranks(found, "the order of removal")  # a user's criterion may be random
-        return found
+        return scores
 
-    if m.config.score.mode == "greedy":
-        return Ranking(*greedy_ranking(m, measure, order, m.removable), m.parts)
-    scores = measure(m)
-    if not chosen_criterion(m.config.prune).races:
-        return Ranking(scores, order(scores, m.kept_blocks), m.parts)
-    if hold_race is None:
-        message = f"`prune.criterion` {m.config.prune.criterion} trains candidates, which needs a training run. "
-        raise ValueError(message + "Choose another.")
-    start = time.perf_counter()
-    raced, record, parts = hold_race(m, scores)
-    scores |= raced
-    return Ranking(scores, order(scores, m.kept_blocks), parts, record, time.perf_counter() - start)
+    greedy = m.config.score.mode == "greedy"
+    scores = greedy_scores(m, agreed, order_in(state), m.removable) if greedy else agreed(m)
+    parts, record, start = m.parts, dict[str, Any](), time.perf_counter()
+    if chosen_criterion(m.config.prune).races:
+        if hold_race is None:
+            message = f"`prune.criterion` {m.config.prune.criterion} trains candidates, which needs a training run. "
+            raise ValueError(message + "Choose another.")
+        raced, record, parts = hold_race(m, scores)
+        scores |= raced
+        comm.assert_same_on_all_ranks(scores_as_json(raced), "the scores of the race")
+    seconds, order = time.perf_counter() - start, order_of(state, scores)
+    comm.assert_same_on_all_ranks(order, "the order of removal")  # a user's criterion may be random
+    return Ranking(scores, order, parts, record, seconds)
 
 
 def order_of(state: CheckState, scores: Scores) -> list[int]:
-    """The order of removal of a check: that of its criterion, the protected blocks last. Pure."""
+    """The order of removal that the scores of a check give, greedy rounds included, protected blocks last. Pure."""
+    return greedy_order(scores, state.criterion, state.kept_blocks, order_in(state))
+
+
+def order_in(state: CheckState) -> Callable[[Scores, tuple[int, ...]], list[int]]:
+    """(scores, blocks) -> the blocks in the order of the check's criterion, the protected ones last. Pure."""
     prune = PruneConfig(criterion=state.criterion, combined=state.combined)
-    order = removal_order(
-        chosen_criterion(prune), scores, state.kept_blocks, target_depth=state.target_depth, seed=state.seed,
-        check=state.check, explicit_order=state.explicit_order, combined=prune.combined_weights,
-    )  # fmt: skip
-    return protected_last(order, state.protected)
+
+    def order(scores: Scores, kept_blocks: tuple[int, ...]) -> list[int]:
+        found = removal_order(
+            chosen_criterion(prune), scores, kept_blocks, target_depth=state.target_depth, seed=state.seed,
+            check=state.check, explicit_order=state.explicit_order, combined=prune.combined_weights,
+        )  # fmt: skip
+        return protected_last(found, state.protected)
+
+    return order
 
 
 def measure(m: Measuring, for_the_record: bool = False) -> Scores:

@@ -11,7 +11,7 @@ from typing import Any
 
 from entprune_ds.importance.scores import Score, Scores
 from entprune_ds.pruning.decision import LATER, PruneDecision
-from entprune_ds.pruning.policy import CheckState, candidates_from, propose, state_from
+from entprune_ds.pruning.policy import candidates_from, propose, state_from
 from entprune_ds.ranking import order_of
 
 BESIDE = tuple(name for name in LATER if name not in ("held", "state"))
@@ -45,7 +45,7 @@ def _once_more(decision: PruneDecision, earlier: Sequence[PruneDecision]) -> Rep
     if state.last_removal != max(removals, default=None):
         found.append(f"last_removal is {state.last_removal}, the decisions before say {max(removals, default=None)}")
     try:
-        order = _order(state, scores_from(decision)) if decision.order else []
+        order = order_of(state, scores_from(decision)) if decision.order else []
         again = propose(state, order, candidates_from(decision), decision.scores)
     except (ValueError, KeyError, TypeError) as problem:
         return Replayed(decision, (*found, f"it cannot be made again: {problem}"))
@@ -53,16 +53,6 @@ def _once_more(decision: PruneDecision, earlier: Sequence[PruneDecision]) -> Rep
     recorded, made = decision.to_json(), again.to_json()
     found += [f"{key} is {recorded[key]}, made again {made[key]}" for key in FIELDS if recorded[key] != made[key]]
     return Replayed(decision, tuple(found))
-
-
-def _order(state: CheckState, scores: Scores) -> list[int]:
-    """The order of removal; where a greedy ranking scored again after each block (NAME/greedyN), round by round."""
-    gone, ranked = list[int](), order_of(state, scores)
-    while (again := scores.get(f"{state.criterion}/greedy{len(gone) + 1}")) is not None:
-        gone.append(ranked[0])
-        left = replace(state, kept_blocks=tuple(b for b in state.kept_blocks if b not in gone))
-        ranked = order_of(left, {state.criterion: again})
-    return gone + ranked
 
 
 def _broken_chain(decision: PruneDecision, earlier: Sequence[PruneDecision]) -> list[str]:

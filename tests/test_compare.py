@@ -15,7 +15,15 @@ from scipy import stats
 
 from entprune_ds.cli.compare import main
 from entprune_ds.cli.compare_plan import Row, row_config, row_digest, rows_of, studies
-from entprune_ds.cli.compare_row import damage, equal_step, missing, plain_step_macs, spent, validation_losses
+from entprune_ds.cli.compare_row import (
+    check_seconds,
+    damage,
+    equal_step,
+    missing,
+    plain_step_macs,
+    spent,
+    validation_losses,
+)
 from entprune_ds.cli.compare_rows import at_equal_steps, plain_rows
 from entprune_ds.cli.compare_text import (
     correlation_table,
@@ -23,6 +31,7 @@ from entprune_ds.cli.compare_text import (
     latex_table,
     margins,
     markdown_table,
+    over_budget,
     sampling_table,
     standing,
 )
@@ -74,31 +83,26 @@ def test_compute_is_summed_over_architectures_and_checks_a_resumed_line_counting
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 150), (0.2, 120), (0.4967, 75), (0.98, 3), (3.0, 1)])
 def test_a_row_stops_where_its_total_compute_is_that_of_the_plain_steps(share, expected):
-    config = settings()
-    row = Row(name="x-s0", criterion="x", seed=0, target_depth=4)
-    plain = plain_step_macs(config, BASE.keeping(BASE.blocks[:4]))
-    scoring = round(share * 150 * plain)
-    metrics = [{"step": 0, "prune/score_macs": scoring}, {"step": 1, "train/step_macs": plain}]
-    stop = equal_step(config, row, BASE, metrics)
+    plain = 1000
+    budget = 150 * plain
+    metrics = [{"step": 0, "prune/score_macs": round(share * budget)}, {"step": 1, "train/step_macs": plain}]
+    stop = equal_step(metrics, budget)
     assert stop == expected
-    if share < 0.99:
-        total = sum(spent(metrics, stop))
-        assert abs(total - 150 * plain) <= plain / 2
+    if share < 1:
+        assert abs(sum(spent(metrics, stop)) - budget) <= plain / 2
 
 
 def test_dearer_steps_and_steps_before_the_last_check_leave_fewer():
-    config, row = settings(), Row(name="x-s0", criterion="x", seed=0, target_depth=4)
-    plain = plain_step_macs(config, BASE.keeping(BASE.blocks[:4]))
-    teacher = [{"step": 1, "train/step_macs": 2 * plain}]
-    assert equal_step(config, row, BASE, teacher) == 75
-    progressive = [{"step": 1, "train/step_macs": 3 * plain}, {"step": 21, "train/step_macs": plain}]
-    assert equal_step(config, row, BASE, progressive) == 150 - 2 * 20
+    teacher = [{"step": 1, "train/step_macs": 2000}]
+    assert equal_step(teacher, 150_000) == 75
+    progressive = [{"step": 1, "train/step_macs": 3000}, {"step": 21, "train/step_macs": 1000}]
+    assert equal_step(progressive, 150_000) == 150 - 2 * 20
 
 
 def test_a_plain_step_costs_as_much_as_its_forward_and_backward_passes():
-    config = tiny_config(depth=2)
-    plain = plain_step_macs(config, config.model)
-    forward = count_macs(config.model) * config.train.global_batch_size
+    config = tiny_config()
+    plain = plain_step_macs(config, config.model, 2)
+    forward = count_macs(config.model.keeping((0, 1))) * config.train.global_batch_size
     assert 2.8 * forward < plain < 3.2 * forward
 
 
@@ -187,6 +191,12 @@ def test_damage_is_the_rise_at_the_removals_and_probes_are_read_at_their_steps()
     assert validation_losses(metrics, (5, 7)) == {"5": 0.7}
 
 
+def test_seconds_of_checks_are_summed_over_their_parts_a_repeated_check_counting_once():
+    first = {"step": 0, "prune/score_seconds": 1.0, "prune/vote_seconds": 0.5}
+    metrics = [first, first | {"prune/score_seconds": 2.0}, {"step": 0, "prune/race_seconds": 4.0}]
+    assert check_seconds([*metrics, {"step": 7, "prune/score_seconds": 0.25}]) == 2.0 + 0.5 + 4.0 + 0.25
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -243,7 +253,7 @@ def plain(criterion: str, seed: int, fid: float, **more: object) -> dict:
     row = dict(
         criterion=criterion, seed=seed, target_depth=4, fid=fid, kid=fid / 1e4, class_accuracy=0.9, val_loss=0.4,
         damage=fid / 10, latency_ms=1.0, score_seconds=2.0, kept_blocks=[0, 3, 7, 11], depths=[4], steps=98,
-        macs=10**12, macs_training=9 * 10**11, macs_scoring=10**11,
+        macs=10**12, macs_budget=10**12, macs_training=9 * 10**11, macs_scoring=10**11,
     )  # fmt: skip
     equal = {k: row[k] for k in ("kid", "class_accuracy", "val_loss", "steps", "macs", "macs_training", "macs_scoring")}
     return row | {"equal_steps": equal | {"fid": 100 - fid}} | more
@@ -279,6 +289,12 @@ def test_the_winner_is_told_with_its_margins_paired_and_unpaired():
     assert standing(ROWS[:1]).endswith("(n = 1).") and "no standard errors" in standing([ROWS[0], ROWS[3]])
 
 
+def test_contestants_whose_checks_exceed_the_common_compute_are_named():
+    assert over_budget(ROWS) == ""
+    rich = [row | {"macs": 3 * row["macs"]} if row["criterion"] == "like" else row for row in ROWS]
+    assert over_budget(rich).endswith("was made: like (3.00 x).")
+
+
 def test_latex_has_as_many_cells_as_columns_and_no_bare_specials():
     text = latex_table([plain("ced_abs", s, 3.0 + s) for s in range(2)])
     columns = text.split("{tabular}{")[1].split("}")[0]
@@ -293,6 +309,7 @@ def test_scores_of_keep_sets_are_ranked_by_how_well_they_predict():
         row |= {"equal_steps": {"fid": float(i)}, "long": {"fid": float((i * 5) % 7)}}
     scores = {f"set_{i}": {"good": i**2, "bad": -i, "flat": 1.0} for i in range(6)}
     scores["set_0"]["rare"] = 2.0
+    sets.append(plain("set_0", 1, 50.0))  # another seed was not trained to the long stop
     table = correlation_table(sets, scores).splitlines()
     expected = f"{stats.spearmanr(range(6), [0, 5, 3, 1, 6, 4])[0]:+.2f}"
     assert table[2].split(" | ")[:4] == ["| good", "6", "+1.00", "+1.00"] and table[2].split(" | ")[4] == expected

@@ -105,6 +105,8 @@ def test_a_killed_worker_a_second_call_and_rows_that_are_ordinary_trainings(plac
         assert abs(row["macs"] - 40 * plain) <= 0.51 * plain, row
     assert totals["ced", 0]["steps"] < totals["random_1", 0]["steps"] == 40
     assert totals["random_1", 0]["kept_blocks"] == totals["random_1", 1]["kept_blocks"]
+    memory = [json.loads(p.read_text())["worker_mib"] for p in (out / "results").glob("*-s?.json")]
+    assert len(memory) > 10 and max(memory) - min(memory) < 100  # rows of a worker leave nothing behind
     markdown = (out / "compare.md").read_text()
     for title in (
         "equal total compute",

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entprune_ds import comm
 from entprune_ds.config import Config, ScoreConfig, problems_of
@@ -112,13 +113,22 @@ def test_ranks_find_what_one_process_finds():
     assert together[0] == together[3]
 
 
-def test_the_error_shrinks_with_more_draws_and_is_that_of_group_contributions():
+def test_the_error_is_that_of_the_groups_along_the_mean_gradient():
     model = planted_model()
-    few = gradient_flow(ModuleParts(model), KEPT, groups_of(model, 2, 8), 16, mean_squared)
-    many = gradient_flow(ModuleParts(model), KEPT, groups_of(model, 32, 8), 256, mean_squared)
-    assert all(many.error[b]["gate"] > 0 for b in KEPT)
-    ratio = sum(many.error[b]["mlp.gate"].mean() for b in KEPT) / sum(few.error[b]["mlp.gate"].mean() for b in KEPT)
-    assert ratio < 0.6
+    groups, weights = groups_of(model, 5, 4), list(model.blocks.parameters())
+    found = gradient_flow(ModuleParts(model), KEPT, groups, 20, mean_squared)
+    v = torch.autograd.grad(mean_loss(model, groups), weights)
+    gate = torch.ones((), dtype=torch.float64, requires_grad=True)
+    model.blocks["2"].set_gates({"gate": gate})
+    of_groups = []
+    for group in groups:
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = torch.autograd.grad(mean_loss(model, [group]), weights, create_graph=True)
+        along = sum((a * b).sum() for a, b in zip(v, gradients, strict=True))
+        of_groups.append(-2 * torch.autograd.grad(along, gate)[0])
+    values = torch.stack(of_groups)
+    assert found.rise[2]["gate"].item() == pytest.approx(values.mean().item(), rel=1e-9)
+    assert found.error[2]["gate"].item() == pytest.approx((values.std() / 5**0.5).item(), rel=1e-9)
 
 
 class Scaling(nn.Module):

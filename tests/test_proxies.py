@@ -9,19 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from entprune_ds.config import Config, PruneConfig
-from entprune_ds.coordinator import measure_candidate, proxy_draws
+from entprune_ds import comm
+from entprune_ds.config import Config, ModelConfig, PruneConfig, ScoreConfig, TrainConfig
+from entprune_ds.coordinator import History, measure_candidate, proxy_draws, run_check
 from entprune_ds.diffusion.objective import build_objective
 from entprune_ds.importance.ntk import ntk_gram
 from entprune_ds.importance.parts import ModuleParts
 from entprune_ds.importance.walk import backward_walk
 from entprune_ds.importance.zico import zico_score
+from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.vote import Candidate, vote
 from tests.ranks import run_ranks
 from tests.reference import gradients
 from tests.reference.scoring_job import projection
-from tests.reference.toys import draws, mean_squared, random_dit
+from tests.reference.toys import CountingParts, draws, mean_squared, random_dit
 
+FRESH = History()
 SMALL = PruneConfig(ntk_samples=6, ntk_repeats=3, zico_batches=4, zico_batch_size=2)
 
 
@@ -139,3 +142,39 @@ def test_an_invalid_condition_number_loses_even_alone_against_a_bad_one(kappa):
     good = Candidate(depth=2, kept_blocks=(0, 1), ntk=1e12, zico_mean=1.0, zico_sum=1.0)
     invalid = Candidate(depth=3, kept_blocks=(0, 1, 2), ntk=kappa, zico_mean=1.0, zico_sum=1.0)
     assert vote([good, invalid], (1.0, 0.0, 0.0), 0.01).chosen.depth == 2
+
+
+def checked(history: History = FRESH, **prune: object) -> tuple[PruneDecision, list[int], list[int]]:
+    """A check of a random model on one rank, the blocks that it asked for, and the depths whose time it asked for."""
+    model, timed = random_dit(depth=4), []
+    small = dict(depth=4, hidden_size=16, num_heads=2, input_size=4, in_channels=1, num_classes=3)
+    config = Config(
+        model=ModelConfig(**small), prune=replace(SMALL, target_depth=2, num_checks=3, criterion="loss", **prune),
+        score=ScoreConfig(draws=8, batch_size=4, sweep="needed"), train=TrainConfig(num_steps=30),
+    )  # fmt: skip
+    parts = CountingParts(model)
+
+    def step_seconds(kept: tuple[int, ...]) -> float:
+        timed.append(len(kept))
+        return float(len(kept))
+
+    decision, _ = run_check(parts, (0, 1, 2, 3), config, 1, 10, 4, examples, history=history, step_seconds=step_seconds)
+    return decision, parts.requests, timed
+
+
+def test_the_step_time_is_asked_for_only_where_it_votes():
+    decision, _, timed = checked()
+    assert timed == [] and {c["step_seconds"] for c in decision.candidates} == {None}
+    decision, _, timed = checked(vote_weights=(0.0, 0.0, 1.0))
+    assert timed == [4, 3, 2] == [c["step_seconds"] for c in decision.candidates] and decision.chosen_depth == 2
+
+
+def test_a_check_that_waits_asks_nothing_of_the_model():
+    decision, requests, timed = checked(History(last_removal=8), min_steps_between=10, vote_weights=(0.0, 0.0, 1.0))
+    assert decision.held and decision.kept_blocks == (0, 1, 2, 3) and decision.scores == {} and decision.order == ()
+    assert requests == [] and timed == []
+
+
+def test_a_check_out_of_reach_of_its_target_is_one_error_of_all_ranks():
+    with pytest.raises(comm.DistributedError, match=r"blocks \[0, 1, 2\] are protected.*Nothing was removed"):
+        checked(protected_blocks=(0, 1, 2))

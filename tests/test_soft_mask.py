@@ -175,6 +175,12 @@ def test_the_last_removal_reaches_the_target_and_goes_no_further():
         removal = choose(mask, zeros_like(mask), COSTS, target, 0.1, final=True)
         smallest_unit = 0.19
         assert target - smallest_unit < removal.macs <= target + 1e-9  # a block is 0.19 at most
+    weak_block = open_mask(COSTS.widths, ("block", "channel")).mask
+    weak_block[3]["gate"] *= 0.3
+    removal = choose(weak_block, zeros_like(weak_block), COSTS, 0.5, 0.1, final=True)
+    assert removal.kept_blocks == (0, 3, 5) and removal.macs == pytest.approx(0.5)  # three channels, not a whole block
+    closed_block = choose(weak_block, zeros_like(weak_block), COSTS, 0.5, 0.31, final=True)
+    assert closed_block == Removal((0, 5), {}, pytest.approx(0.34))  # the mask had done without it
     enough = choose(mask, zeros_like(mask), COSTS, 0.53, 0.99, final=False)
     assert enough == Removal((0, 3, 5), {}, pytest.approx(0.53))
     equal = {b: {"gate": torch.tensor(0.5, dtype=torch.float64)} for b in range(4)}

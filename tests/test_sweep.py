@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from entprune_ds.config import Config, ModelConfig, ScoreConfig, problems_of
 from entprune_ds.config_checks_prune import SWEEP_CRITERIA
 from entprune_ds.coordinator import rank_blocks
+from entprune_ds.importance import greedy
 from entprune_ds.importance.criteria import removal_order
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.parts import ModuleParts
-from entprune_ds.importance.scores import Scores
+from entprune_ds.importance.scores import Score, Scores, scores_as_json
 from entprune_ds.importance.stack_memory import KeptStreams, stack_problem
 from entprune_ds.importance.sweep import stream_change, sweep
 from entprune_ds.preflight import training_problems
@@ -214,6 +216,10 @@ def test_every_sweep_criterion_has_a_case_that_it_alone_ranks_right(right):
 # ---------------------------------------------------------------- greedy
 
 
+def rank_by(criterion: str) -> greedy.Order:
+    return lambda scores, kept: removal_order(criterion, scores, kept, target_depth=1)
+
+
 def stacked(depth: int, first: int = 0) -> int:
     """Block evaluations per draw of a sweep that starts before block `first`."""
     return sum(range(first + 1, depth + 1))
@@ -227,6 +233,9 @@ def test_greedy_equals_brute_force_greedy_and_computes_no_stream_twice(criterion
     scores, order = rank_blocks(m, 4)
     expected, rounds = greedy_order(model, criterion, columns, 4)
     assert order == expected
+    recorded = json.loads(json.dumps(scores_as_json(scores)))  # what decisions.jsonl holds is enough
+    plain = {n: {int(b): Score(**v) for b, v in by_block.items()} for n, by_block in recorded.items()}
+    assert greedy.greedy_order(plain, criterion, tuple(kept), rank_by(criterion)) == order
     left = list(kept)
     for number, values in enumerate(rounds):
         found = scores[criterion if number == 0 else f"{criterion}/greedy{number}"]

@@ -130,7 +130,7 @@ def long_losses(config: Config, state: State, sets: list[Origin], judge: Draws, 
         for i, draws in enumerate(recovery.draws(0, steps)):
             for group in optimizer.param_groups:
                 group["lr"] = recovery.learning_rate(i)
-            trials._step(model, optimizer, draws)
+            trials.step(model, optimizer, draws)
             torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - ema_decay(0.995, i))
         with torch.no_grad():
             for parameter, average in zip(model.parameters(), ema, strict=True):

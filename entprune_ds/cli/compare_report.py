@@ -63,7 +63,7 @@ def keep_set_scores(config: Config, model: ModelConfig, rows: list[PlainRow]) ->
         write_text(cache, json.dumps(known))
     return {
         name: known["scores"][name]
-        | {"validation loss, no recovery, above the base's": row["damage"]}
+        | {"damage (rise of the validation loss)": row["damage"]}
         | {f"validation loss after {steps} steps": value for steps, value in row["probes"].items()}
         for name, row in taken.items()
     }
@@ -82,6 +82,7 @@ def document(
         parts += [f"## Criteria at {what}", text.markdown_table(*text.figure_cells(main, base)), text.standing(main)]
         parts += [text.margins(main, config.prune.criterion)]
         if compare.equal_compute:
+            parts += [text.over_budget(main)]
             equal = at_equal_steps(main)
             parts += [f"## Criteria at {compare.recovery_steps} optimizer steps, whatever the checks cost"]
             parts += [text.markdown_table(*text.figure_cells(equal, base)), text.standing(equal)]
@@ -101,6 +102,7 @@ def document(
             table = text.markdown_table(*text.figure_cells(rows[name], base))
             parts += [f"## {title}", table, text.standing(rows[name])]
             if compare.equal_compute and name != "depth":
+                parts += [text.over_budget(rows[name])]
                 equal = at_equal_steps(rows[name])
                 parts += [f"### At {compare.recovery_steps} optimizer steps"]
                 parts += [text.markdown_table(*text.figure_cells(equal, base)), text.standing(equal)]
@@ -144,7 +146,7 @@ def figures(rows: dict[str, list[PlainRow]], scores: dict[str, dict[str, float]]
         }
         found["damage_fid.png"] = compare_plots.scatter(points, "damage right after the removal", "FID after recovery")
     if scores:
-        sets = [r for r in [*rows["criteria"], *rows["subsets"]] if r["criterion"] in scores]
+        sets = [r for r in [*rows["criteria"], *rows["subsets"]] if "long" in r]
         names = list(next(iter(scores.values())))
         panels = {n: [scores[r["criterion"]].get(n, float("nan")) for r in sets] for n in names}
         short, long = ([r[which]["fid"] for r in sets] for which in ("equal_steps", "long"))

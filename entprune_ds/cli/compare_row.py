@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from entprune_ds import comm
 from entprune_ds.atomic import write_text
@@ -91,7 +92,8 @@ def run_row(bench: Bench, row: Row) -> None:
     begin, before = time.monotonic(), result["seconds"]
 
     def save() -> None:
-        result["seconds"] = before + time.monotonic() - begin
+        memory = psutil.Process().memory_info().rss >> 20
+        result.update(seconds=before + time.monotonic() - begin, worker_mib=memory)
         write_text(path, json.dumps(result, indent=2, allow_nan=False))
 
     stops = {compare.recovery_steps, *([compare.long_steps] if row.long else [])}
@@ -99,7 +101,8 @@ def run_row(bench: Bench, row: Row) -> None:
         if "equal_step" not in result:
             first = planned_checks(settings)[-1] + 1
             train_to(settings, row, first)
-            result["equal_step"] = equal_step(settings, row, bench.model, metrics_of(settings))
+            budget = compare.recovery_steps * plain_step_macs(settings, bench.model, row.target_depth)
+            result |= {"macs_budget": budget, "equal_step": equal_step(metrics_of(settings), budget)}
             save()
         stops.add(result["equal_step"])
     for stop in sorted(stops):
@@ -166,26 +169,23 @@ def keep_model(settings: Config, stop: int) -> Path:
     return (settings.run_dir / "model").rename(kept)
 
 
-def equal_step(settings: Config, row: Row, model: ModelConfig, metrics: Metrics) -> int:
-    """The step at which the row has spent what compare.recovery_steps plain steps at its target depth cost.
+def equal_step(metrics: Metrics, budget: int) -> int:
+    """The step at which a row has spent a number of multiply-accumulates, to the nearest; not before its last check.
 
     Args:
-        settings: of the row, which has made its last check.
-        model: architecture of the base.
-        metrics: of the row so far.
+        metrics: of the row up to the first step after its last check.
+        budget: multiply-accumulates.
     """
-    here = max(line["step"] for line in metrics if "train/step_macs" in line)
-    plain = plain_step_macs(settings, model.keeping(model.blocks[: row.target_depth]))
-    step_macs = [line["train/step_macs"] for line in metrics if "train/step_macs" in line][-1]
-    left = settings.compare.recovery_steps * plain - sum(spent(metrics, here))
-    return here + max(0, round(left / step_macs))
+    here, step_macs = max((line["step"], line["train/step_macs"]) for line in metrics if "train/step_macs" in line)
+    return here + max(0, round((budget - sum(spent(metrics, here))) / step_macs))
 
 
-def plain_step_macs(settings: Config, model: ModelConfig) -> int:
+def plain_step_macs(settings: Config, model: ModelConfig, depth: int) -> int:
     """Multiply-accumulates of a training step without a teacher, counted: forward and backward of one batch."""
     import torch
 
-    objective, net = build_objective(model, settings.diffusion), DiT(model)
+    shallow = model.keeping(model.blocks[:depth])
+    objective, net = build_objective(shallow, settings.diffusion), DiT(shallow)
     latents = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
     draws = objective.make_draws(latents, torch.tensor([0]), [0], seed=0, purpose="macs", step=0)
     with MacCounter() as counter:
@@ -220,16 +220,18 @@ def facts(settings: Config, row: Row) -> dict[str, Any]:
     """What the checks decided and what it took: blocks, damage, seconds."""
     metrics = metrics_of(settings)
     decisions = read_json_lines(settings.run_dir / "decisions.jsonl").rows
-    seconds: dict[int, float] = {}
-    for line in metrics:
-        if "prune/score_seconds" in line:
-            seconds[line["step"]] = line["prune/score_seconds"] + line["prune/vote_seconds"]
     return {
         "kept_blocks": decisions[-1]["kept_blocks"],
         "depths": [d["chosen_depth"] for d in decisions],
         "damage": damage([d["step"] for d in decisions if d["dropped"] or d.get("narrow")], metrics),
-        "score_seconds": sum(seconds.values()),
+        "score_seconds": check_seconds(metrics),
     }
+
+
+def check_seconds(metrics: Metrics) -> float:
+    """Seconds of all checks: scores, vote, and a race where there was one; a check that was made again counts once."""
+    names = [f"prune/{part}_seconds" for part in ("score", "vote", "race")]
+    return sum({(line["step"], n): line[n] for line in metrics for n in names if n in line}.values())
 
 
 def damage(removals: Sequence[int], metrics: Metrics) -> float:

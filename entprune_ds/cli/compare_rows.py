@@ -36,6 +36,7 @@ def plain_row(contestant: str, row: Row, compare: CompareConfig, result: dict[st
     plain |= {key: figures[key] for key in FIGURES} | {"damage": result["damage"]}
     plain |= {"latency_ms": next(iter(batches.values())), "score_seconds": result["score_seconds"]}
     plain |= {"kept_blocks": result["kept_blocks"], "depths": result["depths"]} | {k: figures[k] for k in COSTS}
+    plain["macs_budget"] = result.get("macs_budget")
     plain |= {"latency_ms_by_batch": batches, "speedup_by_batch": result["speedup"]}
     plain |= {"memorisation": figures["memorisation"], "probes": result["probes"]}
     plain["equal_steps"] = {k: stops[str(compare.recovery_steps)][k] for k in (*FIGURES, *COSTS)}

@@ -14,6 +14,9 @@ from entprune_ds.monitor.numbers import MISSING, sensible, with_error
 CLEAR = 2.0
 """Standard errors beyond which a difference is called one."""
 
+OVER = 1.02
+"""Share of the common compute above which a contestant is said to exceed it; stops are whole steps."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -100,6 +103,15 @@ def standing(rows: Sequence[PlainRow]) -> str:
     return f"{text}\n\n{markdown_table(head, lines)}"
 
 
+def over_budget(rows: Sequence[PlainRow]) -> str:
+    """Contestants that cost more than the common compute, which their checks alone exceed; empty if none does."""
+    over = []
+    for name, group in by_contestant(rows).items():
+        ratio = mean_of([r["macs"] / r["macs_budget"] for r in group]).value
+        over += [f"{name} ({ratio:.2f} x)"] if ratio > OVER else []
+    return f"Over the common compute as soon as the last check was made: {', '.join(over)}." if over else ""
+
+
 def margins(rows: Sequence[PlainRow], champion: str) -> str:
     """Where one contestant, the default, stands against each other one; empty if it is not among them or the best."""
     groups = by_contestant(rows)
@@ -120,13 +132,13 @@ def correlation_table(rows: Sequence[PlainRow], scores: dict[str, dict[str, floa
     """Rank correlation of every score of a keep-set with the FID after a short and a long recovery.
 
     Args:
-        rows: with "equal_steps" and "long".
+        rows: those with "long" count, which are of one seed.
         scores: {contestant: {score: value}}.
     """
     names = list(dict.fromkeys(name for by_score in scores.values() for name in by_score))
     lines = []
     for name in names:
-        with_it = [r for r in rows if name in scores.get(r["criterion"], {})]
+        with_it = [r for r in rows if "long" in r and name in scores.get(r["criterion"], {})]
         values = [scores[r["criterion"]][name] for r in with_it]
         short, long = ([r[which]["fid"] for r in with_it] for which in ("equal_steps", "long"))
         found = [*rank_correlations(values, short), *rank_correlations(values, long)]

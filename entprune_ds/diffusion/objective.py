@@ -147,9 +147,8 @@ class DiffusionObjective:
     ) -> Draws:  # fmt: skip
         """See Objective."""
         noise, uniform, labels = _random(latents, labels, slots, seed, purpose, step, label_dropout, null_label)
-        timesteps = (
-            (uniform if t is None else t).double() * NUM_TIMESTEPS
-        ).long()  # float64: the product stays below 1000
+        uniform = uniform if t is None else t
+        timesteps = (uniform.double() * NUM_TIMESTEPS).long()  # float64: the product stays below 1000
         z_t = noised(latents, noise, timesteps)
         return Draws(z_t, timesteps.to(latents.dtype), labels, torch.cat([noise, latents], dim=1))
 

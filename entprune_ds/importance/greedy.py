@@ -37,13 +37,12 @@ class Replay:
         return seen[place]
 
 
-def greedy_ranking(
-    m: Measuring,
-    measure: Callable[[Measuring], Scores],
-    order: Callable[[Scores, tuple[int, ...]], list[int]],
-    removals: int,
-) -> tuple[Scores, list[int]]:
-    """Scores, and the order of removal by brute-force greedy: measure, drop the first in order, measure again.
+Order = Callable[[Scores, tuple[int, ...]], list[int]]
+"""(scores, blocks) -> the blocks, first to go first."""
+
+
+def greedy_scores(m: Measuring, measure: Callable[[Measuring], Scores], order: Order, removals: int) -> Scores:
+    """Scores of brute-force greedy: measure, drop the first in order, measure again.
 
     What a round shares with the one before is taken over: the draws, and the streams before the removed block.
     Collective: all ranks call, with `measure` and `order` that agree on all of them.
@@ -51,22 +50,32 @@ def greedy_ranking(
     Args:
         m: the check.
         measure: scores of m.kept_blocks.
-        order: (scores, blocks) -> blocks, first to go first.
+        order: of the criterion.
         removals: blocks that this check may remove; at most one fewer than there are.
 
     Returns:
-        Scores of the first round; those of round r that the criterion ranks by are named criterion/greedyR. And all
-        blocks: the removals of the rounds, then the rest as the last round ranks them.
+        All scores of the first round; of round R + 1 those of the criterion, named criterion/greedyR.
     """
     draw, criterion = Replay(m.draw), m.config.prune.criterion
     m = replace(m, draw=draw, streams=KeptStreams(m.config, comm.world_size(), len(m.kept_blocks)))
-    scores = measure(m)
-    ranked, gone = order(scores, m.kept_blocks), list[int]()
+    now = measure(m)
+    scores = dict(now)
     for number in range(1, removals):
-        gone.append(ranked[0])
-        m = replace(m, kept_blocks=tuple(b for b in m.kept_blocks if b != gone[-1]))
+        gone = order(now, m.kept_blocks)[0]
+        m = replace(m, kept_blocks=tuple(b for b in m.kept_blocks if b != gone))
         draw.rewind()
         now = measure(m)
-        ranked = order(now, m.kept_blocks)
-        scores |= {f"{name}/greedy{number}": now[name] for name in (criterion,) if name in now}
-    return scores, gone + ranked
+        scores[f"{criterion}/greedy{number}"] = now[criterion]
+    return scores
+
+
+def greedy_order(scores: Scores, criterion: str, kept_blocks: tuple[int, ...], order: Order) -> list[int]:
+    """The order of removal that recorded scores give: a block for every further round, the rest as the last ranks them.
+
+    Pure. Scores of a single round give the order of the criterion.
+    """
+    ranked, gone = order(scores, kept_blocks), list[int]()
+    while (name := f"{criterion}/greedy{len(gone) + 1}") in scores:
+        gone.append(ranked[0])
+        ranked = order({criterion: scores[name]}, tuple(b for b in kept_blocks if b not in gone))
+    return gone + ranked

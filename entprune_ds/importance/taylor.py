@@ -36,9 +36,7 @@ def measure_taylor(m: Measuring) -> Scores:
     score = m.config.score
     size = score.gradient_batch_size
     chosen = torch.tensor(score.taylor_t, dtype=torch.float64)
-    t = (
-        chosen.repeat(size // len(chosen)) if score.taylor_t else None
-    )  # the size is a multiple: checked with the config
+    t = chosen.repeat(size // len(chosen)) if score.taylor_t else None  # a multiple: checked with the config
     return {"taylor": _measure(m, "taylor", t, lambda losses: torch.full_like(losses, 1 / size))}
 
 
@@ -55,9 +53,11 @@ def measure_diff_pruning(m: Measuring) -> Scores:
     """
     size, threshold = m.config.score.gradient_batch_size, m.config.score.diff_pruning_threshold
     t = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    return {
-        "diff_pruning": _measure(m, "diff_pruning", t, lambda losses: (losses > threshold * losses.max()).to(losses))
-    }
+
+    def unsolved(losses: Tensor) -> Tensor:
+        return (losses > threshold * losses.max()).to(losses)
+
+    return {"diff_pruning": _measure(m, "diff_pruning", t, unsolved)}
 
 
 def _measure(m: Measuring, purpose: str, t: Tensor | None, weigh: Weigh) -> dict[int, Score]:
