@@ -17,6 +17,7 @@ from entprune_ds.config import (
     ModelConfig,
     PruneConfig,
     ScoreConfig,
+    SoftConfig,
     TrainConfig,
     load_config,
     problems_of,
@@ -181,6 +182,7 @@ def test_a_gap_that_leaves_too_few_checks_is_refused_before_the_start(monkeypatc
     assert any(expected in problem for problem in training_problems(config, data_needed=False))
     assert schedule_problem(pruned(min_steps_between=200)) is None
     assert schedule_problem(pruned(min_steps_between=350, score_only=True)) is None
+    assert schedule_problem(replace(CONFIG, soft=SoftConfig(every=10))) is None  # it has no checks
 
 
 def test_one_shot_is_the_case_of_one_check():
