@@ -185,12 +185,10 @@ def against_brute_force(model: nn.Module, view: Any, config: Any, options: argpa
     }  # fmt: skip
 
 
-def timed_parts(names: Sequence[str], check: Callable[[], object]) -> dict[str, tuple[float, float]]:
-    """Seconds of functions of the coordinator while a check runs, and of the whole. Collective."""
-    from entprune_ds import coordinator
-
-    spent = {name: [0.0, 0.0] for name in names}
-    originals = {name: getattr(coordinator, name) for name in names}
+def timed_parts(places: dict[str, Any], check: Callable[[], object]) -> dict[str, tuple[float, float]]:
+    """Seconds of functions, called from their modules while a check runs, and of the whole. Collective."""
+    spent = {name: [0.0, 0.0] for name in places}
+    originals = {name: getattr(module, name) for name, module in places.items()}
 
     def timing(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -204,19 +202,18 @@ def timed_parts(names: Sequence[str], check: Callable[[], object]) -> dict[str, 
         return call
 
     try:
-        for name in names:
-            setattr(coordinator, name, timing(name))
+        for name, module in places.items():
+            setattr(module, name, timing(name))
         whole = clock(check)
     finally:
-        for name in names:
-            setattr(coordinator, name, originals[name])
+        for name, module in places.items():
+            setattr(module, name, originals[name])
     return {name: (s[0], s[1]) for name, s in spent.items()} | {"whole": whole}
 
 
 def cost_of_a_check(engine: Any, model: nn.Module, config: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The parts of a check in training steps, and the sweep over its floor."""
-    from entprune_ds import comm
-    from entprune_ds.coordinator import run_check
+    from entprune_ds import comm, coordinator, ranking
     from entprune_ds.diffusion.objective import build_objective
     from entprune_ds.engine.build import train_step
     from entprune_ds.engine.view import ShardedView
@@ -240,9 +237,9 @@ def cost_of_a_check(engine: Any, model: nn.Module, config: Any, options: argpars
 
     def check() -> object:
         view = ShardedView(engine)
-        return run_check(view, engine.kept_blocks, config, 0, 0, len(config.model.blocks), examples)
+        return coordinator.run_check(view, engine.kept_blocks, config, 0, 0, len(config.model.blocks), examples)
 
-    names = ("measure_sweep", "ntk_score", "zico_score")
+    names = {"measure_sweep": ranking, "ntk_score": coordinator, "zico_score": coordinator}
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in (*names, "whole", "step", "forwards")}
     clock(lambda: train_step(engine, micro, objective.loss))  # to warm up
     for _ in range(options.repeats):
