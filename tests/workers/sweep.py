@@ -33,10 +33,10 @@ def check(
 
 
 def ranked(m: Measuring, removals: int) -> tuple[Scores, list[int]]:
-    """Scores and order of removal of a check that may remove some blocks."""
-    state = state_of(m.config, 0, 0, m.kept_blocks, len(m.kept_blocks))
-    found = rank_blocks(replace(m, removable=removals), state)
-    return found.scores, found.order
+    """Scores and order of a check that may remove so many blocks."""
+    state = state_of(m.config, m.check, 0, m.kept_blocks, len(m.kept_blocks))
+    ranking = rank_blocks(replace(m, removable=removals), state)
+    return ranking.scores, ranking.order
 
 
 def greedy_with_branches() -> dict:
