@@ -186,11 +186,12 @@ def against_brute_force(model: nn.Module, view: Any, config: Any, options: argpa
 
 
 def timed_parts(names: Sequence[str], check: Callable[[], object]) -> dict[str, tuple[float, float]]:
-    """Seconds of functions of the coordinator while a check runs, and of the whole. Collective."""
-    from entprune_ds import coordinator
+    """Seconds of functions of a check while it runs, and of the whole. Collective."""
+    from entprune_ds import coordinator, ranking
 
     spent = {name: [0.0, 0.0] for name in names}
-    originals = {name: getattr(coordinator, name) for name in names}
+    rooms = {name: ranking if name in vars(ranking) else coordinator for name in names}
+    originals = {name: vars(room)[name] for name, room in rooms.items()}
 
     def timing(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -205,11 +206,11 @@ def timed_parts(names: Sequence[str], check: Callable[[], object]) -> dict[str, 
 
     try:
         for name in names:
-            setattr(coordinator, name, timing(name))
+            setattr(rooms[name], name, timing(name))
         whole = clock(check)
     finally:
         for name in names:
-            setattr(coordinator, name, originals[name])
+            setattr(rooms[name], name, originals[name])
     return {name: (s[0], s[1]) for name, s in spent.items()} | {"whole": whole}
 
 
