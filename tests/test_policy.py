@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entprune_ds.config import Config, ModelConfig, PruneConfig, ScoreConfig, TrainConfig, problems_of
+from entprune_ds.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    PruneConfig,
+    ScoreConfig,
+    TrainConfig,
+    load_config,
+    problems_of,
+)
 from entprune_ds.engine.layer_costs import LayerCosts
 from entprune_ds.engine.step_time import step_seconds
 from entprune_ds.preflight import training_problems
@@ -101,6 +110,12 @@ PROTECTED = [
 def test_what_cannot_work_is_one_error_before_the_start(changes, expected):
     [problem] = problems_of(pruned(**changes))
     assert expected in problem
+
+
+@pytest.mark.parametrize("key", ["protected_blocks=[0]", "min_steps_between=5", "recovery_tolerance=0.1"])
+def test_soft_pruning_refuses_what_only_checks_follow(key):
+    with pytest.raises(ConfigError, match=f"`prune.{key.split('=')[0]}`: soft pruning has no checks"):
+        load_config(["prune.target_depth=4", "model.depth=12", "soft.every=10", f"prune.{key}"])
 
 
 def test_as_many_protected_blocks_as_stay_are_accepted():
