@@ -420,6 +420,10 @@ def test_impossible_comparisons_are_refused_with_all_problems(digits, tmp_path, 
     assert "`compare.depths` is empty" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "base=/nowhere")
     assert "/nowhere" in line
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("compare: {criteria: [mine.py]}")
+    (line,) = refusal(capsys, *data[1:], f"preset={preset}", "target_depth=4")
+    assert "mine.py" in line and "whose code would run" in line
     assert refusal(capsys, *data, "--nonsense") == ["error: `--nonsense` is not known. See --help."]
     assert not (tmp_path / "out").exists()
 

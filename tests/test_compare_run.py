@@ -221,3 +221,17 @@ def test_an_interrupted_comparison_leaves_no_worker_and_goes_on(place):
         os.kill(victim, 0)
     finish(start(words))
     assert len(json.loads((place / "stopped" / "compare.json").read_text())) == 1
+
+
+@pytest.mark.full
+def test_the_depth_of_a_speedup_is_the_deepest_that_was_measured_to_reach_it():
+    words = ["--width", "64", "--heads", "2", "--depth", "12", "--depths", "9", "3", "1", "--repeats", "5", "--json"]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "bench_depth.py"), *words, "--goal", "2"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    figures = json.loads(result.stdout)
+    assert figures["speedups"]["12"] == 1 and figures["speedups"]["3"] > figures["speedups"]["9"]
+    reached = max(int(d) for d, ratio in figures["speedups"].items() if ratio >= 2)
+    assert (figures["depth"], figures["share"], figures["digits_depth"]) == (reached, reached / 12, reached)
+    assert result.returncode == 0 and set(figures["milliseconds"]) == {"12", "9", "3", "1"}

@@ -135,7 +135,7 @@ def test_unknown_keys_are_refused_with_a_suggestion():
     [text] = problems("train.zzzz=3")
     assert text.startswith("`train.zzzz` is not a setting. Known: ") and "learning_rate" in text
     [text] = problems("preset=digit")
-    assert "`digit` does not exist" in text and "digits, digits_prune" in text
+    assert "`digit` does not exist" in text and "digits, digits_compare, digits_prune" in text
 
 
 @pytest.mark.parametrize(
