@@ -162,10 +162,17 @@ def train_to(settings: Config, row: Row, stop: int) -> None:
 
 
 def keep_model(settings: Config, stop: int) -> Path:
-    """Keep the export of a stop under its own name."""
-    kept = settings.run_dir / f"model_{stop}"
+    """Keep the export of a stop under its own name.
+
+    Raises:
+        ValueError: when the training has ended at another step.
+    """
+    kept, made = settings.run_dir / f"model_{stop}", settings.run_dir / "model"
+    step = open_weights(made, assumed=settings.model).facts["step"]
+    if step != stop:
+        raise ValueError(f"{made} is of step {step}, not {stop}: another process trains in this folder. Run again.")
     shutil.rmtree(kept, ignore_errors=True)
-    return (settings.run_dir / "model").rename(kept)
+    return made.rename(kept)
 
 
 def equal_step(metrics: Metrics, budget: int) -> int:
