@@ -9,7 +9,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "entpruner": {
         "prune": {"criterion": "ced", "num_checks": 4, "max_blocks_per_check": None, "vote_weights": [1.0, 1.0, 0.0]},
     },
-    "gradient_flow": {"prune": {"criterion": "gradient_flow"}},
+    "gradient_flow": {"prune": {"criterion": "gradient_flow"}, "soft": {"every": 10}},
     "race": {"prune": {"criterion": "recovery_race", "num_checks": 1, "max_blocks_per_check": None}},
 }
 """prune.method: what each sets, above the preset and below the words of the command line."""
