@@ -281,10 +281,11 @@ def test_a_protected_block_has_no_gate_and_stays():
 
 
 def test_soft_pruning_takes_the_place_of_the_checks():
-    from entprune_ds.pruning.schedule import planned_checks
+    from entprune_ds.pruning.schedule import planned_checks, schedule_problem
 
     config = replace(soft_config(), prune=PruneConfig(target_depth=2), train=TrainConfig(num_steps=100))
     assert problems_of(replace(config, train=replace(tiny_config().train, num_steps=100))) == []
+    assert schedule_problem(config) is None
     assert planned_checks(config) == [] and planned_checks(replace(config, soft=SoftConfig())) != []
     score_only = problems_of(replace(config, prune=PruneConfig(target_depth=2, score_only=True)))
     assert any("`prune.score_only` has no meaning with soft pruning" in p for p in score_only)

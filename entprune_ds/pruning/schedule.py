@@ -54,7 +54,7 @@ def usable_checks(steps: Sequence[int], last_removal: int | None, gap: int) -> i
 def schedule_problem(config: Config) -> str | None:
     """Why the checks cannot reach the target with `prune.min_steps_between` steps between removals, or None."""
     prune, steps, depth = config.prune, planned_checks(config), len(config.model.blocks)
-    if prune.target_depth is None or prune.score_only:
+    if prune.target_depth is None or prune.score_only or config.soft.every:
         return None
     usable, cap = usable_checks(steps, None, prune.min_steps_between), blocks_per_check(prune, depth)
     if depth - prune.target_depth <= cap * usable:
