@@ -139,7 +139,7 @@ def _score_problems(config: Config) -> list[str]:
     for key, known in choices.items():
         if getattr(score, key) not in known:
             found.append(f"`score.{key}` must be one of {', '.join(known)}, got {getattr(score, key)}.")
-    unknown = [name for name in score.criteria if name not in CRITERIA]
+    unknown = [name for name in score.criteria if name not in CRITERIA and not name.endswith(".py")]
     if unknown:
         found.append(f"`score.criteria` must be among {', '.join(CRITERIA)}, got {', '.join(unknown)}.")
     if score.mode == "greedy" and config.prune.criterion not in SWEEP_CRITERIA:

@@ -8,9 +8,13 @@ from typing import Any
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "entpruner": {
         "prune": {"criterion": "ced", "num_checks": 4, "max_blocks_per_check": None, "vote_weights": [1.0, 1.0, 0.0]},
+        "soft": {"every": 0},
     },
     "gradient_flow": {"prune": {"criterion": "gradient_flow"}, "soft": {"every": 10}},
-    "race": {"prune": {"criterion": "recovery_race", "num_checks": 1, "max_blocks_per_check": None}},
+    "race": {
+        "prune": {"criterion": "recovery_race", "num_checks": 1, "max_blocks_per_check": None},
+        "soft": {"every": 0},
+    },
 }
 """prune.method: what each sets, above the preset and below the words of the command line."""
 

@@ -56,7 +56,8 @@ def hold_race(engine: Engine, m: Measuring, scores: Scores, step: int) -> tuple[
         DistributedError: on all ranks, when no candidate keeps a finite loss.
     """
     config = m.config
-    rounds, sets = entrants(m, scores)
+    protected = tuple(b for b in config.protected_blocks if b in m.kept_blocks)
+    rounds, sets = entrants(m, scores, protected)
     if len(sets) < 2:
         return Race(order_scores(sets[0].kept_blocks if sets else m.kept_blocks, scores, m.kept_blocks), {}), engine
     batch = m.draw("race/validation", config.race.validation_draws)
@@ -65,7 +66,7 @@ def hold_race(engine: Engine, m: Measuring, scores: Scores, step: int) -> tuple[
     alone = on_replicas(engine, config, len(sets))
     trials: Replicas | Sharded = replicas(engine, recovery) if alone else Sharded(engine, recovery)
     try:
-        winner, record = raced(trials, config, rounds, sets, m.kept_blocks)
+        winner, record = raced(trials, config, rounds, sets, m.kept_blocks, protected)
     except NoFiniteLossError as problem:  # the same on all ranks
         raise comm.DistributedError(f"check {m.check}, recovery race: {problem}") from problem
     record |= {"executor": "replicas" if alone else "sharded", "batch_size": trial_batch(config)}
@@ -73,8 +74,11 @@ def hold_race(engine: Engine, m: Measuring, scores: Scores, step: int) -> tuple[
     return Race(order_scores(winner, scores, m.kept_blocks), record), engine
 
 
-def entrants(m: Measuring, scores: Scores) -> tuple[list[Round], list[Origin]]:
-    """Candidates that the budget of a check allows, and their rounds; fewer candidates get more steps."""
+def entrants(m: Measuring, scores: Scores, protected: Sequence[int]) -> tuple[list[Round], list[Origin]]:
+    """Candidates that the budget of a check allows, and their rounds; fewer candidates get more steps.
+
+    All of them hold the protected blocks.
+    """
     config, target = m.config, m.config.prune.target_depth or 1
     request = RankingRequest(
         scores=scores, kept_blocks=m.kept_blocks, target_depth=min(target, len(m.kept_blocks)),
@@ -82,7 +86,7 @@ def entrants(m: Measuring, scores: Scores) -> tuple[list[Round], list[Origin]]:
     )  # fmt: skip
     budget, judging, wanted = check_budget(config) * searches(config), validation_cost(config), config.race
     rounds = plan(budget, judging, wanted.candidates, wanted.first_steps)
-    sets = candidates(request, rounds[0].candidates, wanted.origins)
+    sets = candidates(request, rounds[0].candidates, wanted.origins, protected)
     return plan(budget, judging, len(sets), wanted.first_steps) if len(sets) > 1 else [], sets
 
 
@@ -110,8 +114,9 @@ def replicas(engine: Engine, recovery: Recovery) -> Replicas:
 
 
 def raced(
-    trials: Replicas | Sharded, config: Config, rounds: list[Round], sets: list[Origin], present: Sequence[int]
-) -> tuple[KeepSet, dict[str, Any]]:
+    trials: Replicas | Sharded, config: Config, rounds: list[Round], sets: list[Origin], present: Sequence[int],
+    protected: Sequence[int],
+) -> tuple[KeepSet, dict[str, Any]]:  # fmt: skip
     """The race, and a second one of the winner's neighbours where race.local_search asks for it."""
     judging = validation_cost(config)
     found = _one_race(trials, [c.kept_blocks for c in sets], rounds, judging)
@@ -119,7 +124,7 @@ def raced(
     cost, winner = cost_of(rounds, judging), found.winner
     if config.race.local_search:
         tried = {c.kept_blocks for c in sets}
-        near = [n for n in neighbours(winner, present) if n not in tried][: config.race.local_search]
+        near = [n for n in neighbours(winner, present, protected) if n not in tried][: config.race.local_search]
         again = plan(check_budget(config) / 2, judging, 1 + len(near)) if near else []
         record["candidates"] += [{"kept_blocks": kept, "origin": "local search"} for kept in near]
         found = _one_race(trials, [winner, *near], again, judging)

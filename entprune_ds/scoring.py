@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, replace
 
 from entprune_ds import comm
-from entprune_ds.importance.criteria import find_criterion
+from entprune_ds.criterion_choice import chosen_criterion
+from entprune_ds.importance.criteria import Criterion
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.measuring import Measuring
 from entprune_ds.importance.scores import Scores
@@ -49,7 +50,8 @@ def score_model(m: Measuring, names: tuple[str, ...]) -> Scored:
     scores: Scores = {}
     spent: dict[object, float] = {}
     problems: dict[object, str] = {}
-    for measure in dict.fromkeys(measure for name in names for measure in _measures(name)):
+    measures_of = {name: _measures(m, name) for name in names}
+    for measure in dict.fromkeys(measure for measures in measures_of.values() for measure in measures):
         start = time.perf_counter()
         try:
             scores |= measure(m)
@@ -58,7 +60,7 @@ def score_model(m: Measuring, names: tuple[str, ...]) -> Scored:
         spent[measure] = time.perf_counter() - start
     found = {}
     for name in names:
-        measures = _measures(name)
+        measures = measures_of[name]
         seconds = sum(spent[measure] for measure in measures) if measures else None
         note = _untold(m, name) or " ".join(problems[f] for f in measures if f in problems)
         order = None
@@ -73,16 +75,21 @@ def score_model(m: Measuring, names: tuple[str, ...]) -> Scored:
 
 def _untold(m: Measuring, name: str) -> str:
     """Why a criterion has nothing to say about any model at rest; empty where it has."""
-    if name == "explicit" and not m.config.prune.explicit_order:
-        return "`prune.explicit_order` is not given"
-    return RACES if find_criterion(name).races else ""
+    needed = {"explicit": "explicit_order", "combined": "combined"}.get(name)
+    if needed is not None and not getattr(m.config.prune, needed):
+        return f"`prune.{needed}` is not given"
+    return RACES if _criterion(m, name).races else ""
 
 
-def _measures(name: str) -> list:
-    """The measures behind a criterion; none of one that races, or looks at nothing."""
-    criterion = find_criterion(name)
-    if criterion.races:
+def _criterion(m: Measuring, name: str) -> Criterion:
+    return chosen_criterion(replace(m.config.prune, criterion=name))
+
+
+def _measures(m: Measuring, name: str) -> list:
+    """The measures behind a criterion; none of one that says nothing here, or looks at nothing."""
+    if _untold(m, name):
         return []
+    criterion = _criterion(m, name)
     return [f for f in (measure_sweep if criterion.needs_sweep else None, criterion.measure) if f is not None]
 
 

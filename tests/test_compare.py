@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from entprune_ds.cli.compare import main
-from entprune_ds.cli.compare_plan import Row, row_config, row_digest, rows_of, studies
+from entprune_ds.cli.compare_plan import Row, removals, row_config, row_digest, rows_of, studies
 from entprune_ds.cli.compare_row import (
     check_seconds,
     damage,
@@ -154,6 +154,8 @@ def test_a_fixed_schedule_leaves_the_vote_no_choice_and_one_shot_is_the_criterio
     voted = row_config(config, schedule.contestants["progressive, vote_ntk_zico"][0], BASE, Path("out"))
     assert voted.prune.max_blocks_per_check is None and voted.prune.end_step == 75
     assert voted.prune.ntk_samples == config.prune.ntk_samples  # made cheap only where nothing is voted on
+    soft = row_config(config, schedule.contestants["gradient flow, soft"][0], BASE, Path("out"))
+    assert soft.soft.every == 3 and removals(soft)[-1] == 75 and removals(fixed) == [0, 18, 37, 56]
     one = row_config(config, criteria.contestants["ced"][0], BASE, Path("out"))
     assert (one.prune.num_checks, one.prune.ntk_samples) == (1, 2)
 
@@ -418,6 +420,10 @@ def test_impossible_comparisons_are_refused_with_all_problems(digits, tmp_path, 
     assert "`compare.depths` is empty" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "base=/nowhere")
     assert "/nowhere" in line
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("compare: {criteria: [mine.py]}")
+    (line,) = refusal(capsys, *data[1:], f"preset={preset}", "target_depth=4")
+    assert "mine.py" in line and "whose code would run" in line
     assert refusal(capsys, *data, "--nonsense") == ["error: `--nonsense` is not known. See --help."]
     assert not (tmp_path / "out").exists()
 

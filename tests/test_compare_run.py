@@ -78,91 +78,128 @@ def worker_in(row: Path, process: subprocess.Popen) -> int:
     raise AssertionError(f"no worker came to {row}")
 
 
-@pytest.mark.full
-def test_a_killed_worker_a_second_call_and_rows_that_are_ordinary_trainings(place):
-    words = command(place, "criteria=[ced,random,every_other]", "seeds=[0,1]", "study=[criteria,subsets,schedule]",
-                    "compare.subsets=3", "compare.long_steps=50", "compare.probe_steps=[5,10]")  # fmt: skip
-    out = place / "out"
-    process = start(words)
-    victim = worker_in(out / "rows" / "ced-s0", process)
-    os.kill(victim, signal.SIGKILL)
-    text, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, text
-    assert "ced-s0 died and is taken up again" in text and "FAILED" not in text
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """What a command has printed, when it ends with this status."""
+    text, _ = process.communicate(timeout=1200)
+    assert process.returncode == status, text
+    return text
 
-    rows = json.loads((out / "compare.json").read_text())
+
+STUDIES = [
+    "criteria=[ced,random,every_other]", "seeds=[0,1]", "study=[criteria,subsets]", "compare.subsets=3",
+    "compare.long_steps=50", "compare.probe_steps=[5,10]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(place) -> Path:
+    """Folder of a comparison one of whose workers was killed (SIGKILL) in the middle of a row."""
+    process = start(command(place, *STUDIES))
+    os.kill(worker_in(place / "out" / "rows" / "ced-s0", process), signal.SIGKILL)
+    (place / "text").write_text(finish(process))
+    return place / "out"
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1500)
+def test_the_row_of_a_killed_worker_is_taken_up_and_all_end_at_equal_compute(place, compared):
+    text = (place / "text").read_text()
+    assert "ced-s0 died and is taken up again" in text and "FAILED" not in text and " s left" in text
+    rows = json.loads((compared / "compare.json").read_text())
     assert sorted((r["criterion"], r["seed"]) for r in rows) == [
         (c, s) for c in ("ced", "every_other", "random_1") for s in (0, 1)
     ]
-    for row in rows:
+    known = {(r["criterion"], r["seed"]): r for r in rows}
+    plain = known["every_other", 0]["macs_budget"] / 40
+    for (criterion, seed), row in known.items():
         assert len(row["kept_blocks"]) == 3 and row["latency_ms"] > 0 and row["equal_steps"]["steps"] == 40
-        name = f"{row['criterion']}-s{row['seed']}"
-        metrics = read_json_lines(out / "rows" / name / "metrics.jsonl").rows
+        metrics = read_json_lines(compared / "rows" / f"{criterion}-s{seed}" / "metrics.jsonl").rows
         assert (row["macs_training"], row["macs_scoring"]) == spent(metrics, row["steps"])
-    totals = {(r["criterion"], r["seed"]): r for r in rows}
-    plain = totals["every_other", 0]["macs_training"] / totals["every_other", 0]["steps"]
-    for row in rows:  # equal total compute, within half a step
-        assert abs(row["macs"] - 40 * plain) <= 0.51 * plain, row
-    assert totals["ced", 0]["steps"] < totals["random_1", 0]["steps"] == 40
-    assert totals["random_1", 0]["kept_blocks"] == totals["random_1", 1]["kept_blocks"]
-    memory = [json.loads(p.read_text())["worker_mib"] for p in (out / "results").glob("*-s?.json")]
-    assert len(memory) > 10 and max(memory) - min(memory) < 100  # rows of a worker leave nothing behind
-    markdown = (out / "compare.md").read_text()
-    for title in (
-        "equal total compute",
-        "at 40 optimizer steps",
-        "Memorisation",
-        "predicts the FID",
-        "One-shot, fixed",
-    ):
+        assert row["macs_training"] == row["steps"] * plain  # counted in the run, and computed for the budget
+        assert abs(row["macs"] - 40 * plain) <= plain / 2
+    assert known["ced", 0]["steps"] < known["random_1", 0]["steps"] == 40
+    assert known["random_1", 0]["kept_blocks"] == known["random_1", 1]["kept_blocks"]
+    memory = [json.loads(p.read_text())["worker_mib"] for p in (compared / "results").glob("*-s?.json")]
+    assert len(memory) == 9 and max(memory) - min(memory) < 100  # rows of a worker leave nothing behind
+    assert not list(compared.glob("rows/*/checkpoints")) and not list(compared.glob("locks/*/lock"))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1500)
+def test_a_comparison_leaves_tables_and_figures(compared):
+    markdown = (compared / "compare.md").read_text()
+    for title in ("equal total compute", "at 40 optimizer steps", "Memorisation", "predicts the FID"):
         assert title in markdown, title
     for score in ("sum of single ced", "ced of the whole set", "mse of the whole set", "validation loss after 5 steps"):
         assert f"| {score} | 6 |" in markdown, score  # three random sets and those of three criteria
-    assert {p.name for p in out.glob("*.png")} >= {
-        "criteria_fid.png",
-        "damage_fid.png",
-        "subsets.png",
-        "schedule_fid.png",
-    }
-    assert not list(out.glob("rows/*/checkpoints")) and not list(out.glob("locks/*/lock"))
+    assert {p.name for p in compared.glob("*.png")} == {"criteria_fid.png", "damage_fid.png", "subsets.png"}
+    assert (compared / "compare.tex").read_text().count(r"\\") == 4
 
-    before = {p: p.stat().st_mtime_ns for p in (out / "results").glob("*.json")}
-    again = start(words)
-    text, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, text
-    assert {p: p.stat().st_mtime_ns for p in before} == before  # nothing was trained or measured again
-    assert json.loads((out / "compare.json").read_text()) == rows and f"{len(before) - 1} done" in text
 
-    # the killed row, and any other, is what the ordinary command trains with the row's settings
-    config = out / "rows" / "ced-s0" / "config.yaml"
-    step = totals["ced", 0]["steps"]
-    plainly = [f"preset={config}", f"run.root={place / 'plain'}", f"train.stop_step={step}", "train.num_steps=40",
-               "train.validate_every=7"]  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, "-m", "entprune_ds.cli.train", *plainly], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    ours, _ = load_model(out / "rows" / "ced-s0" / f"model_{step}")
+@pytest.mark.full
+@pytest.mark.timeout(1500)
+def test_a_second_call_trains_nothing_and_refuses_other_settings(place, compared):
+    rows = (compared / "compare.json").read_text()
+    before = {p: p.stat().st_mtime_ns for p in (compared / "results").glob("*.json")}
+    assert f"{len(before) - 1} done" in finish(start(command(place, *STUDIES)))
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert (compared / "compare.json").read_text() == rows
+    text = finish(start(command(place, *STUDIES, "train.learning_rate=1e-3")), status=2)
+    assert "was made with other settings" in text
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1500)
+def test_a_row_is_what_the_ordinary_command_trains_with_its_settings(place, compared):
+    rows = json.loads((compared / "compare.json").read_text())
+    step = next(r["steps"] for r in rows if (r["criterion"], r["seed"]) == ("ced", 0))  # killed and resumed
+    words = [f"preset={compared / 'rows' / 'ced-s0' / 'config.yaml'}", f"run.root={place / 'plain'}",
+             f"train.stop_step={step}", "train.num_steps=40", "train.validate_every=7"]  # fmt: skip
+    finish(start([sys.executable, "-m", "entprune_ds.cli.train", *words]))
+    ours, _ = load_model(compared / "rows" / "ced-s0" / f"model_{step}")
     theirs, facts = load_model(place / "plain" / "ced-s0" / "model")
     assert facts["step"] == step
     for name, value in ours.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[name]), name
 
-    other = subprocess.run([*words, "train.learning_rate=1e-3"], capture_output=True, text=True, timeout=120,
-                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert other.returncode == 2 and "was made with other settings" in other.stderr
+
+@pytest.mark.full
+@pytest.mark.timeout(1500)
+def test_every_other_study_runs_over_the_trainer(place):
+    words = [w for w in command(place, "criteria=[ced,every_other]", "seeds=[0]") if not w.startswith("out=")]
+    words += [f"out={place / 'studies'}", "study=[criteria,schedule,estimators,distill,sampling,depth]",
+              "compare.estimators=[per_element,scalar]", "compare.recoveries=[none,output]", "compare.depths=[4]",
+              "compare.sampling_steps=[2,3]", "compare.equal_compute=false"]  # fmt: skip
+    finish(start(words))
+    studies = json.loads((place / "studies" / "compare_studies.json").read_text())["studies"]
+    names = {study: {row["criterion"] for row in rows} for study, rows in studies.items()}
+    assert names["estimators"] == {"per_element", "scalar"} and names["distill"] == {"none", "output"}
+    assert names["schedule"] == {"one_shot", "gradient flow, one_shot", "gradient flow, soft"} | {
+        f"progressive, {kind}" for kind in ("fixed", "vote_ntk", "vote_zico", "vote_ntk_zico", "vote_time")
+    }
+    by_name = {row["criterion"]: row for rows in studies.values() for row in rows}
+    assert by_name["output"]["macs_training"] > 1.3 * by_name["none"]["macs_training"]  # the teacher's passes count
+    assert len(by_name["depth 4"]["kept_blocks"]) == 4 and len(by_name["gradient flow, soft"]["kept_blocks"]) <= 3
+    assert by_name["progressive, fixed"]["depths"] == [5, 4, 3] and by_name["one_shot"]["depths"] == [3]
+    markdown = (place / "studies" / "compare.md").read_text()
+    for title in (
+        "One-shot, fixed",
+        "Entropy estimators",
+        "With and without a teacher",
+        "Sampler steps",
+        "Other depths",
+    ):
+        assert f"## {title}" in markdown, title
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1500)
 def test_a_row_that_fails_is_told_at_the_end_and_the_others_go_on(place):
     words = [
         w for w in command(place, "criteria=[ced,every_other]", "seeds=[0]") if not w.startswith(("base=", "out="))
     ]
     words += [f"base={place / 'no_spread'}", f"out={place / 'failing'}", "workers=1"]
-    process = start(words)
-    text, _ = process.communicate(timeout=400)
-    assert process.returncode == 1, text
+    text = finish(start(words), status=1)
     rows = json.loads((place / "failing" / "compare.json").read_text())
     assert [row["criterion"] for row in rows] == ["every_other"]
     last = text.strip().splitlines()[-1]
@@ -172,17 +209,29 @@ def test_a_row_that_fails_is_told_at_the_end_and_the_others_go_on(place):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1500)
 def test_an_interrupted_comparison_leaves_no_worker_and_goes_on(place):
     words = [w for w in command(place, "criteria=[every_other]", "seeds=[0]") if not w.startswith("out=")]
     words += [f"out={place / 'stopped'}", "workers=2"]
     process = start(words)
     victim = worker_in(place / "stopped" / "rows" / "every_other-s0", process)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in text
+    assert "the same command goes on" in finish(process, status=128 + signal.SIGTERM)
     with pytest.raises(ProcessLookupError):
         os.kill(victim, 0)
-    again = start(words)
-    text, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, text
+    finish(start(words))
     assert len(json.loads((place / "stopped" / "compare.json").read_text())) == 1
+
+
+@pytest.mark.full
+def test_the_depth_of_a_speedup_is_the_deepest_that_was_measured_to_reach_it():
+    words = ["--width", "64", "--heads", "2", "--depth", "12", "--depths", "9", "3", "1", "--repeats", "5", "--json"]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "bench_depth.py"), *words, "--goal", "2"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    figures = json.loads(result.stdout)
+    assert figures["speedups"]["12"] == 1 and figures["speedups"]["3"] > figures["speedups"]["9"]
+    reached = max(int(d) for d, ratio in figures["speedups"].items() if ratio >= 2)
+    assert (figures["depth"], figures["share"], figures["digits_depth"]) == (reached, reached / 12, reached)
+    assert result.returncode == 0 and set(figures["milliseconds"]) == {"12", "9", "3", "1"}

@@ -286,14 +286,17 @@ def test_a_local_search_finds_what_was_not_among_the_candidates(caplog, monkeypa
     monkeypatch.setattr(Clock, "seconds", 0.0)
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level("INFO", logger=log.name):
-        winner, record = raced(known, config, rounds, sets, range(12))
+        winner, record = raced(known, config, rounds, sets, range(12), ())
     assert winner == record["winner"] == (0, 4, 8, 11)
     assert [c["origin"] for c in record["candidates"]] == ["spaced 0", "loss"] + ["local search"] * 8
     assert [asked[:2] for asked in known.asked] == [(2, 0), (9, 0), *((n, s) for n, s, _ in known.asked[2:])]
     assert 0.2 < record["share_of_run"] <= 0.5
     assert "race: round 1 of 1, 2 keep-sets, from 0 to 3 recovery steps" in caplog.text
     assert "50 % of it done" in caplog.text and "s left" in caplog.text
-    alone, record = raced(Known((0, 4, 8, 11)), replace(config, race=RaceConfig(budget=0.5)), rounds, sets, range(12))
+    _, record = raced(Known((0, 4, 8, 11)), config, rounds, sets, range(12), (7,))
+    assert all(7 in c["kept_blocks"] for c in record["candidates"][2:])
+    config = replace(config, race=RaceConfig(budget=0.5))
+    alone, record = raced(Known((0, 4, 8, 11)), config, rounds, sets, range(12), ())
     assert alone == (0, 4, 7, 11) and len(record["rounds"]) == 1
 
 

@@ -84,7 +84,7 @@ def test_a_run_that_races_keeps_the_winner_and_one_that_only_scores_is_inert(dig
         words(digits, tmp_path, "scored", *RACE, "prune.score_only=true", "parallel.ds_config=zero3_fp32",
               "race.replicas=false"),
         words(digits, tmp_path, "plain", "prune.target_depth=null", "parallel.ds_config=zero3_fp32"),
-        words(digits, tmp_path, "progressive", *RACE, "race.replicas=false"),
+        words(digits, tmp_path, "progressive", *RACE, "race.replicas=false", "prune.protected_blocks=[-1]"),
     ]  # fmt: skip
     assert run_ranks("tests.workers.training:train", 2, runs=runs) == [[0] * 4] * 2
     decisions = {
@@ -98,5 +98,6 @@ def test_a_run_that_races_keeps_the_winner_and_one_that_only_scores_is_inert(dig
     first, second = decisions["progressive"]
     assert set(first["race"]["winner"]) <= set(first["kept_blocks"]) and len(second["kept_blocks"]) == 2
     assert second["kept_blocks"] == (second["race"] or first["race"])["winner"]
+    assert all(3 in c["kept_blocks"] for c in first["race"]["candidates"]) and 3 in second["kept_blocks"]
     metrics = [json.loads(line) for line in (tmp_path / "raced" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics if row.get("prune/race_seconds", 0) > 0] == [2]

@@ -27,7 +27,7 @@ from tests.test_monitor import decision_row, picture
 from tests.test_training import words
 
 MODEL = ModelConfig(depth=4, hidden_size=32, num_heads=2, patch_size=2, input_size=8, in_channels=1, num_classes=10)
-SETTINGS = ["score.draws=64", "score.batch_size=32", "score.dtype=float64"]
+SETTINGS = ["score.draws=64", "score.batch_size=32", "score.dtype=float64", "learned.steps=4"]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,24 @@ def test_a_criterion_that_cannot_score_this_model_says_why_and_leaves_the_others
     assert found["loss"]["order"] and not found["loss"]["note"]
 
 
+def test_a_combination_and_a_file_of_ones_own_are_scored_like_any_other(export, digits, tmp_path):
+    own = tmp_path / "deepest.py"
+    own.write_text(
+        "from entprune_ds.importance.criteria import Criterion\n"
+        "CRITERION = Criterion(lambda request: sorted(request.kept_blocks, reverse=True))\n"
+    )
+    more = [f"score.criteria=[combined,{own}]", "prune.combined=[loss:1,mse:1]", f"out={tmp_path}/out"]
+    assert main([f"weights={export}", f"data.shards={digits}/train", *more, *SETTINGS]) == 0
+    result = scored(tmp_path / "out")
+    assert result["criteria"][str(own)]["order"] == [7, 5, 2, 0]
+    by_value = {
+        n: sorted(result["scores"][n], key=lambda b, n=n: result["scores"][n][b]["value"]) for n in ("loss", "mse")
+    }
+    places = {b: by_value["loss"].index(b) + by_value["mse"].index(b) for b in by_value["loss"]}
+    expected = sorted(places, key=lambda b: (places[b], -int(b)))
+    assert result["criteria"]["combined"]["order"] == [int(b) for b in expected]
+
+
 def test_bad_input_is_refused_in_words(export, digits, tmp_path, capsys, monkeypatch):
     data = f"data.shards={digits}/train"
     cases = {
@@ -132,7 +150,8 @@ def test_a_run_that_waits_and_its_scores_on_two_ranks(digits, tmp_path, capsys):
         "train.num_steps=9",
     )  # fmt: skip
     place = f"weights={run}/checkpoints/step_00000006"
-    scoring = [place, f"data.shards={digits}/train", f"out={tmp_path}/two", *SETTINGS]
+    settings = [*SETTINGS, "score.criteria=[ced,loss,taylor,gradient_flow,every_other]"]
+    scoring = [place, f"data.shards={digits}/train", f"out={tmp_path}/two", *settings]
     assert run_ranks("tests.workers.score:train_and_score", 2, training=training, scoring=scoring) == [[0, 0]] * 2
 
     decisions = [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()]
@@ -149,7 +168,7 @@ def test_a_run_that_waits_and_its_scores_on_two_ranks(digits, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed == [f"check {i}, step {3 * i}, depth {d}: the same again" for i, d in enumerate((4, 4, 3))]
 
-    assert main([*scoring[:2], f"out={tmp_path}/one", *SETTINGS]) == 0
+    assert main([*scoring[:2], f"out={tmp_path}/one", *settings]) == 0
     one, two = scored(tmp_path / "one"), scored(tmp_path / "two")
     assert one["model"]["kept_blocks"] == decisions[0]["kept_blocks"] and two["draws"]["ranks"] == 2
     assert one["model"]["step"] == 6 and one["model"]["weights"] == "raw"

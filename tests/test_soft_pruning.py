@@ -51,6 +51,12 @@ def test_gates_fold_into_sharded_state_and_nothing_that_is_computed_changes(topo
             assert gaps["norm"] == pytest.approx(found[0]["norm"], rel=1e-4)
 
 
+def test_what_stays_computes_what_the_last_mask_said():
+    [found] = run_ranks("tests.workers.soft:updated_and_resized", 1)
+    assert (found["depth"], found["gates"]) == (2, 2)
+    assert found["smallest"] < 0.95 and found["gap"] < 1e-5
+
+
 def macs_share(run: Path) -> float:
     """Multiply-accumulates of the blocks of the exported model over those of the model at the start."""
     start = read_checkpoint(run / "checkpoints/step_00000012").manifest["record"]["config"]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from entprune_ds.config import Config, ModelConfig, ScoreConfig, problems_of
 from entprune_ds.config_checks_prune import SWEEP_CRITERIA
-from entprune_ds.coordinator import rank_blocks
 from entprune_ds.importance import greedy
 from entprune_ds.importance.criteria import removal_order
 from entprune_ds.importance.leave_one_out import measure_sweep
@@ -27,7 +26,7 @@ from tests.ranks import run_ranks
 from tests.reference.greedy import greedy_order, own_changes
 from tests.reference.leave_one_out import brute_force_outputs, brute_force_scores
 from tests.reference.toys import CountingParts, ToyModel, draws, random_dit
-from tests.workers.sweep import check, greedy_with_branches
+from tests.workers.sweep import check, greedy_with_branches, ranked
 
 Function = Callable[[Tensor], Tensor]
 
@@ -230,7 +229,7 @@ def test_greedy_equals_brute_force_greedy_and_computes_no_stream_twice(criterion
     model, kept = random_dit(seed=3, kept_blocks=(0, 2, 3, 5, 8, 9), depth=10), [0, 2, 3, 5, 8, 9]
     columns, parts = draws(model, 12), CountingParts(model)
     m = check(parts, kept, columns, criterion, 6, mode="greedy")
-    scores, order = rank_blocks(m, 4)
+    scores, order = ranked(m, 4)
     expected, rounds = greedy_order(model, criterion, columns, 4)
     assert order == expected
     recorded = json.loads(json.dumps(scores_as_json(scores)))  # what decisions.jsonl holds is enough
@@ -257,7 +256,7 @@ def test_greedy_keeps_no_more_streams_than_the_memory_holds_and_finds_the_same()
     for limit in (1, 8192):
         parts = CountingParts(model)
         m = check(parts, list(range(6)), columns, "loss", 128, mode="greedy", stack_memory=limit)
-        orders.append(rank_blocks(m, 4)[1])
+        orders.append(ranked(m, 4)[1])
         samples.append(parts.samples)
     kept = KeptStreams(check(parts, list(range(6)), columns, "loss", 128, stack_memory=1).config, 1, 6)
     assert (kept.free_rows, kept.stride) == (9, 3)  # of 16 rows of 64 KiB the stack takes 7; 2 batches of 4 rows fit
@@ -278,7 +277,7 @@ def test_greedy_keeps_no_more_streams_than_the_memory_holds_and_finds_the_same()
 def test_greedy_that_removes_one_block_ranks_as_one_scoring_does():
     model = random_dit()
     found = [
-        rank_blocks(check(ModuleParts(model), list(range(5)), draws(model, 12), "ced", 6, mode=mode), 1)
+        ranked(check(ModuleParts(model), list(range(5)), draws(model, 12), "ced", 6, mode=mode), 1)
         for mode in ("once", "greedy")
     ]
     assert found[0] == found[1]

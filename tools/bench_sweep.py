@@ -7,9 +7,10 @@ sharded model) are counted while both run; max_relative_difference compares thei
 largest number of an output. *_cpu are of CPU time of the slowest rank: they stand on a busy machine too.
 
 check_in_steps: seconds of the parts of `run_check` over those of a training step of --batch examples. The sweep scores
---check-draws draws and is scaled to the 1,024 of the defaults; agreeing is what is left of the check. ced_over_floor:
-the sweep over its floor, (depth + 1) / 2 forward passes a draw, with forward passes of the unsharded model timed beside
-it. share_of_100k_steps: four checks as dear as this one, of a run of 100,000 steps.
+--check-draws draws and is scaled to the 1,024 of the defaults; NTK, ZiCo and agreeing, which is what is left of the
+check, are timed once, over all candidates. ced_over_floor: the sweep over its floor, (depth + 1) / 2 forward passes a
+draw, with forward passes of the unsharded model timed beside it. share_of_100k_steps: four checks as dear as this one,
+of a run of 100,000 steps.
 
   python tools/bench_sweep.py --json
 """
@@ -186,11 +187,12 @@ def against_brute_force(model: nn.Module, view: Any, config: Any, options: argpa
 
 
 def timed_parts(names: Sequence[str], check: Callable[[], object]) -> dict[str, tuple[float, float]]:
-    """Seconds of functions of the coordinator while a check runs, and of the whole. Collective."""
-    from entprune_ds import coordinator
+    """Seconds of functions of a check while it runs, and of the whole. Collective."""
+    from entprune_ds import coordinator, ranking
 
     spent = {name: [0.0, 0.0] for name in names}
-    originals = {name: getattr(coordinator, name) for name in names}
+    rooms = {name: ranking if name in vars(ranking) else coordinator for name in names}
+    originals = {name: vars(room)[name] for name, room in rooms.items()}
 
     def timing(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -205,18 +207,17 @@ def timed_parts(names: Sequence[str], check: Callable[[], object]) -> dict[str, 
 
     try:
         for name in names:
-            setattr(coordinator, name, timing(name))
+            setattr(rooms[name], name, timing(name))
         whole = clock(check)
     finally:
         for name in names:
-            setattr(coordinator, name, originals[name])
+            setattr(rooms[name], name, originals[name])
     return {name: (s[0], s[1]) for name, s in spent.items()} | {"whole": whole}
 
 
 def cost_of_a_check(engine: Any, model: nn.Module, config: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The parts of a check in training steps, and the sweep over its floor."""
-    from entprune_ds import comm
-    from entprune_ds.coordinator import run_check
+    from entprune_ds import comm, coordinator, ranking
     from entprune_ds.diffusion.objective import build_objective
     from entprune_ds.engine.build import train_step
     from entprune_ds.engine.view import ShardedView
@@ -238,30 +239,34 @@ def cost_of_a_check(engine: Any, model: nn.Module, config: Any, options: argpars
         (_, _, of_count), data = random_draws(config, count, seed=3)
         return data, of_count
 
+    def sweep() -> object:
+        m = ranking.measuring(ShardedView(engine), engine.kept_blocks, config, 0, examples)
+        return ranking.measure_sweep(m, entropy_needed=True)
+
     def check() -> object:
         view = ShardedView(engine)
-        return run_check(view, engine.kept_blocks, config, 0, 0, len(config.model.blocks), examples)
+        return coordinator.run_check(view, engine.kept_blocks, config, 0, 0, len(config.model.blocks), examples)
 
     names = ("measure_sweep", "ntk_score", "zico_score")
-    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in (*names, "whole", "step", "forwards")}
-    clock(lambda: train_step(engine, micro, objective.loss))  # to warm up
-    for _ in range(options.repeats):
-        rows["step"].append(clock(lambda: train_step(engine, micro, objective.loss)))
-        rows["forwards"].append(clock(forwards))
-        for name, seconds in timed_parts(names, check).items():
-            rows[name].append(seconds)
-    wall, cpu = ({n: statistics.median(s[kind] for s in of) for n, of in rows.items()} for kind in (0, 1))
-    scaled = DEFAULT_DRAWS / options.check_draws
-    agreeing = wall["whole"] - sum(wall[name] for name in names)
-    parts = {"sweep": wall["measure_sweep"] * scaled, "ntk": wall["ntk_score"], "zico": wall["zico_score"]}
+
+    def step() -> object:
+        return train_step(engine, micro, objective.loss)
+
+    clock(step)  # to warm up
+    calls: dict[str, Callable[[], object]] = {"step": step, "forwards": forwards, "sweep": sweep}
+    medians = interleaved(calls, options.repeats)
+    wall, cpu = ({name: seconds[kind] for name, seconds in medians.items()} for kind in (0, 1))
+    scaled, once = DEFAULT_DRAWS / options.check_draws, {n: s[0] for n, s in timed_parts(names, check).items()}
+    agreeing = once["whole"] - sum(once[name] for name in names)
+    parts = {"sweep": wall["sweep"] * scaled, "ntk": once["ntk_score"], "zico": once["zico_score"]}
     steps = {name: seconds / wall["step"] for name, seconds in (parts | {"agreeing": agreeing}).items()}
     total, floor = sum(steps.values()), (config.model.depth + 1) / 2
     return {
         "check_in_steps": steps | {"total": total}, "share_of_100k_steps": CHECKS * total / RUN_STEPS,
-        "ced_over_floor": wall["measure_sweep"] / (floor * wall["forwards"]),
-        "ced_over_floor_cpu": cpu["measure_sweep"] / (floor * cpu["forwards"]),
+        "ced_over_floor": wall["sweep"] / (floor * wall["forwards"]),
+        "ced_over_floor_cpu": cpu["sweep"] / (floor * cpu["forwards"]),
         "floor_in_steps": floor * wall["forwards"] * scaled / wall["step"],
-        "step_seconds": wall["step"], "check_seconds": wall["whole"],
+        "step_seconds": wall["step"], "check_seconds": once["whole"],
     }  # fmt: skip
 
 

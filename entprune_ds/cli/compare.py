@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if part:
             return _worker(load_config(words, check=lambda config: []), part)
-        config = load_config(words, check=_problems)
+        config = load_config(words, check=lambda config: _code_problems(config, words) or _problems(config))
         return _run(config, words, dry_run)
     except ConfigError as error:
         return refuse(error.problems)
@@ -77,6 +77,17 @@ def _worker(config: Config, part: str) -> int:
     except (Interrupted, BrokenPipeError) as error:  # the parent is gone, or has had enough
         return 128 + (error.number if isinstance(error, Interrupted) else 13)
     return 0
+
+
+def _code_problems(config: Config, words: list[str]) -> list[str]:
+    """Criteria that are files, whose code would run, and that nobody has written on the command line."""
+    files = [c for c in config.compare.criteria if c.endswith(".py")]
+    if not files or any(w.startswith("compare.criteria=") for w in words):
+        return []
+    message = (
+        f"the preset sets `compare.criteria` to a file ({files[0]}), whose code would run. Take it out; who wants "
+    )
+    return [message + "it writes criteria=[...] on the command line."]
 
 
 def _problems(config: Config) -> list[str]:

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 
-from entprune_ds.cli.compare_plan import Row, row_config
+from entprune_ds.cli.compare_plan import Row, removals, row_config
 from entprune_ds.config import Config, ModelConfig
 from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.models.dit import DiT
-from entprune_ds.pruning.schedule import planned_checks
 
-START_SECONDS, LEG_SECONDS, FIGURES_SECONDS, WORKER_SECONDS = 1.0, 2.5, 4.0, 20.0
+START_SECONDS, LEG_SECONDS, FIGURES_SECONDS, WORKER_SECONDS = 1.0, 1.0, 2.5, 20.0
 """Of a row besides steps and samples: latency and cleaning up, each call of the trainer, FID and KID; of a worker."""
 REPEATS = 2
 
@@ -58,14 +57,14 @@ def measure_pace(config: Config, model: ModelConfig) -> Pace:
 def row_seconds(config: Config, row: Row, model: ModelConfig, pace: Pace) -> float:
     """Rough seconds of a row; a criterion that measures something of its own is taken to cost one sweep."""
     compare, settings = config.compare, row_config(config, row, model, Path(config.compare.out))
-    checks = planned_checks(settings)
+    checks = removals(settings)
     stops = {compare.recovery_steps} | ({compare.long_steps} if row.long else set())
     evaluations = len(stops) + compare.equal_compute
     legs = evaluations + compare.equal_compute + (1 if row.probes else 0)
     depth, target = len(model.blocks), row.target_depth
     phase = checks[-1]
     steps = phase * pace.step((depth + target) // 2) + (max(stops) - phase) * pace.step(target)
-    if settings.distill != type(settings.distill)() or "distill.kind" in row.changes:
+    if settings.distill.kind != "none":
         steps += max(stops) * pace.step(depth) / 3  # the teacher's forward passes
     criterion = CRITERIA.get(settings.prune.criterion)
     scored = criterion is None or criterion.needs_sweep or criterion.measure is not None
@@ -75,17 +74,17 @@ def row_seconds(config: Config, row: Row, model: ModelConfig, pace: Pace) -> flo
 
 
 def _seconds(m: ModelConfig, batch: int, backward: bool) -> float:
-    """Of one pass of a batch, the fastest of some."""
+    """CPU seconds of one pass of a batch, the fastest of some: as on a machine that has nothing else to do."""
     net = DiT(m)
     z_t, t = torch.zeros(batch, m.in_channels, m.input_size, m.input_size), torch.zeros(batch)
     labels, times = torch.zeros(batch, dtype=torch.int64), []
     for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
+        begin = time.process_time()
         with torch.set_grad_enabled(backward):
             out = net(z_t, t, labels)
             if backward:
                 out.square().mean().backward()
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return min(times)
 
 

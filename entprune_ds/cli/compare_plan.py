@@ -8,9 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from entprune_ds.config import Config, ModelConfig, PruneConfig, digest, to_dict
+from entprune_ds.config import Config, ModelConfig, digest, to_dict
 from entprune_ds.config_checks_compare import criteria_of
+from entprune_ds.pruning.schedule import planned_checks
+from entprune_ds.soft_budget import removal_steps
 
+SOFT_UPDATES = 25
+"""Updates of the mask in a soft row: enough for it to close."""
 NOTHING_TO_VOTE = {"ntk_samples": 2, "ntk_repeats": 1, "zico_batches": 2, "zico_batch_size": 1}
 """A single check has a single candidate depth, the target: its proxies decide nothing and are made cheap."""
 FREE_OF_RESULT = ("run", "compare", "evaluate", "monitor")
@@ -130,29 +134,29 @@ def random_removal(model: ModelConfig, target: int, purpose: str, number: int) -
 
 
 def _schedule(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
-    """Progressive against one-shot; voted, with several weights, against a fixed schedule."""
+    """Progressive against one-shot; voted, with several weights, against a fixed schedule; one-shot against soft."""
     checks, criterion = config.compare.num_checks, config.prune.criterion
     per_check = -(-(len(model.blocks) - (config.prune.target_depth or 1)) // checks)
     end = round(config.compare.phase * config.compare.recovery_steps)
     progressive = {"prune__num_checks": checks, "prune__end_step": end}
     weights = {"ntk": (1.0, 0.0, 0.0), "zico": (0.0, 1.0, 0.0), "ntk_zico": (0.5, 0.5, 0.0), "time": (1.0, 0.5, 0.5)}
-    length = len(PruneConfig().vote_weights)
-    kinds: dict[str, dict[str, Any]] = {
-        f"vote_{k}": {"prune__vote_weights": w[:length]} for k, w in weights.items() if not any(w[length:])
-    }
-    kinds = {"fixed": {"prune__max_blocks_per_check": per_check}} | kinds
+    kinds: dict[str, dict[str, Any]] = {f"vote_{kind}": {"prune__vote_weights": w} for kind, w in weights.items()}
+    kinds = {"fixed": {"prune__max_blocks_per_check": per_check}, **kinds}
     stem, seeds = Path(criterion).stem, config.compare.seeds
     found = {"one_shot": [one_check(config, criterion, seed) for seed in seeds]}
     for kind, changes in kinds.items():
         rows = [one_check(config, criterion, s, f"{stem}_{kind}", **progressive, **changes) for s in seeds]
         found[f"progressive, {kind}"] = rows
+    soft = {"soft__every": max(1, end // SOFT_UPDATES), "soft__end_step": end, "soft__removals": min(checks, end)}
+    found["gradient flow, one_shot"] = [one_check(config, "gradient_flow", s) for s in seeds]
+    found["gradient flow, soft"] = [one_check(config, "gradient_flow", s, "gradient_flow_soft", **soft) for s in seeds]
     return found
 
 
 def _estimators(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     found = {}
     for name in config.compare.estimators:
-        same = name == to_dict(config.score).get("estimator")  # the rows of the criterion itself
+        same = name == config.score.estimator  # the rows of the criterion itself
         changes, label = ({}, "") if same else ({"score__estimator": name}, f"ced_{name}")
         found[name] = [one_check(config, "ced", seed, label, **changes) for seed in config.compare.seeds]
     return found
@@ -161,7 +165,7 @@ def _estimators(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
 def _distill(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     criterion, found = config.prune.criterion, {}
     for kind in config.compare.recoveries:
-        same = kind == to_dict(config.distill).get("kind", "none")  # the rows of the criterion itself
+        same = kind == config.distill.kind  # the rows of the criterion itself
         changes, label = ({}, "") if same else ({"distill__kind": kind}, f"{Path(criterion).stem}_kd_{kind}")
         found[kind] = [one_check(config, criterion, seed, label, **changes) for seed in config.compare.seeds]
     return found
@@ -205,6 +209,11 @@ def row_config(config: Config, row: Row, model: ModelConfig, out: Path) -> Confi
     if changed.prune.num_checks == 1:
         changed = with_settings(changed, {f"prune.{k}": v for k, v in NOTHING_TO_VOTE.items()})
     return changed
+
+
+def removals(settings: Config) -> list[int]:
+    """Steps at which a row may remove blocks."""
+    return removal_steps(settings) if settings.soft.every else planned_checks(settings)
 
 
 def with_settings(config: Config, changes: dict[str, Any]) -> Config:

@@ -16,7 +16,7 @@ import psutil
 
 from entprune_ds import comm
 from entprune_ds.atomic import write_text
-from entprune_ds.cli.compare_plan import Row, row_config, row_digest
+from entprune_ds.cli.compare_plan import Row, removals, row_config, row_digest
 from entprune_ds.cli.evaluate import latency, real_images
 from entprune_ds.cli.sample import draw
 from entprune_ds.config import CompareConfig, Config, ModelConfig
@@ -30,7 +30,6 @@ from entprune_ds.mac_counter import MacCounter
 from entprune_ds.models.dit import DiT
 from entprune_ds.models.registry import count_macs
 from entprune_ds.monitor.files import read_json_lines
-from entprune_ds.pruning.schedule import planned_checks
 from entprune_ds.trainer import train
 
 VALIDATION = "train/validation_loss"
@@ -99,7 +98,7 @@ def run_row(bench: Bench, row: Row) -> None:
     stops = {compare.recovery_steps, *([compare.long_steps] if row.long else [])}
     if compare.equal_compute:
         if "equal_step" not in result:
-            first = planned_checks(settings)[-1] + 1
+            first = removals(settings)[-1] + 1
             train_to(settings, row, first)
             budget = compare.recovery_steps * plain_step_macs(settings, bench.model, row.target_depth)
             result |= {"macs_budget": budget, "equal_step": equal_step(metrics_of(settings), budget)}

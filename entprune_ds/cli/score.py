@@ -127,7 +127,8 @@ def _score(config: Config, source: Source, out: Path) -> int:
     model = loaded_model(source).to(comm.device())
     parts = ModuleParts(model, getattr(torch, config.score.dtype))
     m = measuring(parts, source.model.blocks, config, 0, examples_of(config, 0))
-    scored = score_model(m, config.score.criteria or tuple(CRITERIA))
+    own = config.prune.criterion
+    scored = score_model(m, config.score.criteria or (*CRITERIA, *([own] if own not in CRITERIA else [])))
     if comm.is_main():
         result = _as_json(scored, config, source, comm.world_size())
         _show(result)

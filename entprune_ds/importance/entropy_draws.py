@@ -49,7 +49,8 @@ def knn(draws: Tensor, k: int = 3) -> Tensor:
 
     Kozachenko & Leonenko (1987): H = digamma(n) - digamma(k) + log volume of the unit ball + d mean log distance;
     all but the last term is the same for all variants. Its bias grows with the spread of scales among the
-    directions and exponentially with d, hence the whitened basis of few directions.
+    directions and exponentially with d, hence the whitened basis of few directions. The balls of draws near a hard
+    edge of the density reach over it, so such a shape is taken for softer than it is.
     """
     logs = torch.stack([_nearest(points, k).log().mean() for points in draws])
     return (draws.shape[2] * (logs[1:] - logs[0])).unsqueeze(1)

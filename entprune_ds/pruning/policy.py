@@ -12,7 +12,7 @@ from typing import Any
 
 from entprune_ds.config import Config
 from entprune_ds.pruning.decision import PruneDecision
-from entprune_ds.pruning.schedule import blocks_per_check, candidate_depths, planned_checks, usable_checks
+from entprune_ds.pruning.schedule import blocks_per_check, candidate_depths, scheduled_checks, usable_checks
 from entprune_ds.pruning.trend import Validation, not_recovered, validations_from
 from entprune_ds.pruning.vote import Candidate, vote
 
@@ -90,7 +90,7 @@ def state_of(
         cap = max(cap, len(kept_blocks) - target)
     return CheckState(
         check=check, step=step, kept_blocks=kept_blocks,
-        later_checks=tuple(planned_checks(config)[check + 1 :]), last_removal=last_removal,
+        later_checks=tuple(scheduled_checks(config)[check + 1 :]), last_removal=last_removal,
         validations=() if prune.recovery_tolerance is None else tuple(validations),
         criterion=prune.criterion, score_only=prune.score_only, seed=config.run.seed,
         explicit_order=prune.explicit_order, combined=prune.combined, target_depth=target, cap=cap,

@@ -20,9 +20,12 @@ def check_steps(start: int, end: int, num_checks: int) -> list[int]:
 
 def planned_checks(config: Config) -> list[int]:
     """Steps of the pruning checks; none without a target depth, and none where soft pruning takes their place."""
+    return [] if config.prune.target_depth is None or config.soft.every else scheduled_checks(config)
+
+
+def scheduled_checks(config: Config) -> list[int]:
+    """Steps of the checks that the schedule has, whether or not anything asks for them."""
     prune = config.prune
-    if prune.target_depth is None or config.soft.every:
-        return []
     return check_steps(prune.start_step, prune.end_step or config.train.num_steps, prune.num_checks)
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from entprune_ds.config import Config, PruneConfig, ScoreConfig
-from entprune_ds.coordinator import rank_blocks
 from entprune_ds.importance.measuring import Batch, Measuring
 from entprune_ds.importance.parts import ModuleParts
-from entprune_ds.importance.scores import scores_as_json
+from entprune_ds.importance.scores import Scores, scores_as_json
+from entprune_ds.pruning.policy import state_of
+from entprune_ds.ranking import rank_blocks
 from tests.reference.toys import draws, mean_squared, random_dit
 
 
@@ -31,11 +32,18 @@ def check(
     )  # fmt: skip
 
 
+def ranked(m: Measuring, removals: int) -> tuple[Scores, list[int]]:
+    """Scores and order of a check that may remove so many blocks."""
+    state = state_of(m.config, m.check, 0, m.kept_blocks, len(m.kept_blocks))
+    ranking = rank_blocks(replace(m, removable=removals), state)
+    return ranking.scores, ranking.order
+
+
 def greedy_with_branches() -> dict:
     """Scores and order of a small model; equal on all ranks, and with any number of them."""
     model = random_dit()
     m = check(ModuleParts(model), list(range(5)), draws(model, 24), "mse", 6, mode="greedy", unit="attention")
-    scores, order = rank_blocks(m, 3)
+    scores, order = ranked(m, 3)
     return {"scores": scores_as_json(scores), "order": order}
 
 
