@@ -30,7 +30,7 @@ def soft_problems(config: Config) -> list[str]:
         found.append(f"`soft.threshold` must lie between 0 and 1, got {soft.threshold}.")
     if config.prune.score_only:
         found.append("`prune.score_only` has no meaning with soft pruning. Set soft.every=0, or leave it out.")
-    unheard = [k for k in ("protected_blocks", "min_steps_between", "recovery_tolerance") if getattr(config.prune, k)]
+    unheard = [k for k in ("min_steps_between", "recovery_tolerance") if getattr(config.prune, k)]
     if unheard:
         keys = ", ".join(f"`prune.{key}`" for key in unheard)
         found.append(f"{keys}: soft pruning has no checks that would follow it. Set soft.every=0, or leave it out.")
