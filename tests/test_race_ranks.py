@@ -45,6 +45,7 @@ def test_a_run_goes_on_to_the_bit_after_a_race_and_both_executors_agree(digits, 
         assert dtype == "bf16" or records[0]["winner"] == records[1]["winner"]
 
 
+@FULL
 def test_no_rank_holds_a_whole_model_in_sharded_trials(digits, tmp_path):
     small = {"stage": 3, "reduce_bucket_size": 10_000, "stage3_prefetch_bucket_size": 10_000}
     path = tmp_path / "zero3.json"
