@@ -34,7 +34,7 @@ class RaceConfig:
     validation_draws: int = 512
     """Fixed draws (example, t, noise) of the training shards that judge a candidate; its forward passes count too."""
     learning_rate: float | None = None
-    """Learning rate of the trial steps; null takes the run's."""
+    """Learning rate of the trial steps; null takes the run's, as it is after the warm-up."""
     origins: tuple[str, ...] = ("spaced", "criteria", "random")
     """Where keep-sets come from: spaced (evenly), criteria (the order of every score of the sweep, which costs more
     than a short race), random."""

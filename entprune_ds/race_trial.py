@@ -37,9 +37,13 @@ class Recovery:
         return f"race/{self.check}"
 
     def learning_rate(self, i: int) -> float:
-        """Learning rate of recovery step i."""
-        chosen = self.config.race.learning_rate
-        return learning_rate(self.config.train, self.step + i) if chosen is None else chosen
+        """Learning rate of recovery step i: the run's, which has its warm-up behind it, unless another is asked for.
+
+        What few and small steps say is little more than the damage right after the removal.
+        """
+        train, chosen = self.config.train, self.config.race.learning_rate
+        step = min(max(self.step, train.warmup_steps) + i, train.num_steps - 1)
+        return learning_rate(train, step) if chosen is None else chosen
 
     def draws(self, start: int, stop: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Draws]:
         """This data-parallel rank's part of steps start .. stop - 1, one Draws a step.

@@ -171,6 +171,15 @@ def test_a_result_of_other_settings_has_another_digest_paths_and_workers_do_not_
         assert row_digest(row_config(settings(word), row, BASE, Path("out"))) != known, word
 
 
+def test_settings_of_one_criterion_change_the_digest_of_its_rows_alone():
+    """Tuning a race must not make the rows of ced train again."""
+    for word, criterion in {"race.budget=0.2": "recovery_race", "learned.steps=50": "learned"}.items():
+        for name in ("ced", "recovery_race", "learned"):
+            row = Row(name="x-s0", criterion=name, seed=0, target_depth=4, changes={"prune.criterion": name})
+            digests = {row_digest(row_config(c, row, BASE, Path("out"))) for c in (settings(), settings(word))}
+            assert len(digests) == 1 + (name == criterion), (word, name)
+
+
 def test_a_row_is_finished_when_everything_that_is_asked_of_it_was_measured():
     compare = settings("compare.recovery_steps=10", "compare.long_steps=20").compare
     row = Row(name="x-s0", criterion="x", seed=0, target_depth=4, long=True, probes=(5,), samplings=(7,))

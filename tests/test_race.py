@@ -17,6 +17,7 @@ from entprune_ds.importance.criteria import RankingRequest, removal_order
 from entprune_ds.importance.keep_sets import Origin, candidates, spaced
 from entprune_ds.importance.parts import ModuleParts
 from entprune_ds.importance.scores import Score
+from entprune_ds.learning_rate import learning_rate
 from entprune_ds.models.dit import DiT, initialize
 from entprune_ds.monitor.records import decision_of
 from entprune_ds.monitor.report import build_report
@@ -255,6 +256,19 @@ def test_every_candidate_sees_the_same_draws_and_another_check_others(digits):
     assert not torch.equal(first.z_t, next(replace(recovery, check=1).draws(0, 1)).z_t)
     halves = [next(recovery.draws(0, 1, rank, 2)) for rank in range(2)]
     assert sorted(t for h in halves for t in h.t.tolist()) == sorted(first.t.tolist())
+
+
+def test_trial_steps_have_the_learning_rate_behind_the_warm_up_and_never_one_beyond_the_run():
+    train = TrainConfig(num_steps=100, warmup_steps=20, learning_rate=1e-3, lr_schedule="cosine")
+    config = Config(train=train, prune=PruneConfig(target_depth=2, criterion="recovery_race"))
+
+    def rates(step: int) -> list[float]:
+        recovery = Recovery(config, 0, step, objective=None, validation=None)
+        return [recovery.learning_rate(i) for i in (0, 1, 30)]
+
+    assert rates(0) == rates(20) == [learning_rate(train, step) for step in (20, 21, 50)]
+    assert rates(0)[0] == 1e-3
+    assert rates(90) == [learning_rate(train, step) for step in (90, 91, 99)]
 
 
 def test_a_state_survives_being_built_and_taken_back(digits):

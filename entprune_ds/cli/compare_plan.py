@@ -19,6 +19,8 @@ NOTHING_TO_VOTE = {"ntk_samples": 2, "ntk_repeats": 1, "zico_batches": 2, "zico_
 """A single check has a single candidate depth, the target: its proxies decide nothing and are made cheap."""
 FREE_OF_RESULT = ("run", "compare", "evaluate", "monitor")
 """Sections that do not change what a row finds."""
+CRITERION_OF = {"race": "recovery_race", "learned": "learned"}
+"""Sections that only the rows of one criterion read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +235,8 @@ def with_settings(config: Config, changes: dict[str, Any]) -> Config:
 
 def row_digest(settings: Config) -> str:
     """Digest of everything in a row's settings that changes what it finds."""
-    values = {k: v for k, v in to_dict(settings).items() if k not in FREE_OF_RESULT}
+    unread = {section for section, criterion in CRITERION_OF.items() if criterion != settings.prune.criterion}
+    values = {k: v for k, v in to_dict(settings).items() if k not in {*FREE_OF_RESULT, *unread}}
     values["model"] = {k: v for k, v in values["model"].items() if k != "weights"}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("shards", "val_shards")}
     values["sample"] = {k: v for k, v in values["sample"].items() if k not in ("grid", "out")}
