@@ -7,7 +7,7 @@ from pathlib import Path
 
 from entprune_ds.config_checks_methods import method_problems
 from entprune_ds.config_checks_score import estimator_problems
-from entprune_ds.config_checks_soft import soft_problems
+from entprune_ds.config_checks_soft import soft_problems, soft_target_problems
 from entprune_ds.config_methods import METHODS
 from entprune_ds.config_schema import Config
 from entprune_ds.race_plan import race_problems
@@ -55,6 +55,8 @@ def pruning_problems(config: Config) -> list[str]:
     found += _waiting_problems(config)
     if prune.method and prune.method not in METHODS:
         found.append(f"`prune.method` must be empty or one of {', '.join(METHODS)}, got {prune.method}.")
+    if config.soft.every and not found:
+        found += _unknown_protected(config) or soft_target_problems(config)
     if prune.target_depth is None or config.soft.every or found:
         return found
     if not 1 <= prune.target_depth < depth:
@@ -105,11 +107,9 @@ def _waiting_problems(config: Config) -> list[str]:
 def _protected_problems(config: Config) -> list[str]:
     """Protected blocks that are not there, or leave too few to be removed."""
     prune, blocks = config.prune, config.model.blocks
-    unknown = [b for b in prune.protected_blocks if b not in blocks and not -len(blocks) <= b < 0]
-    if unknown:
-        message = f"`prune.protected_blocks` names {unknown}, but the model has blocks {list(blocks)}. "
-        return [message + "Take them out; -1 is the last block."]
-    protected = sorted({blocks[b] if b < 0 else b for b in prune.protected_blocks})
+    if unknown := _unknown_protected(config):
+        return unknown
+    protected = config.protected_blocks
     if len(protected) > (prune.target_depth or 0):
         message = f"`prune.protected_blocks` keeps {len(protected)} of {len(blocks)} blocks for good, more than "
         message += f"`prune.target_depth` ({prune.target_depth}). Protect fewer, or raise prune.target_depth."
@@ -118,6 +118,14 @@ def _protected_problems(config: Config) -> list[str]:
     if both:
         return [f"`prune.explicit_order` removes {both}, which `prune.protected_blocks` keeps. Take them out of one."]
     return []
+
+
+def _unknown_protected(config: Config) -> list[str]:
+    """Protected blocks that are not there."""
+    asked, blocks = config.prune.protected_blocks, config.model.blocks
+    unknown = [b for b in asked if b not in blocks and not -len(blocks) <= b < 0]
+    message = f"`prune.protected_blocks` names {unknown}, but the model has blocks {list(blocks)}. "
+    return [message + "Take them out; -1 is the last block."] if unknown else []
 
 
 def _score_problems(config: Config) -> list[str]:

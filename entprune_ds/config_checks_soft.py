@@ -30,7 +30,7 @@ def soft_problems(config: Config) -> list[str]:
         found.append(f"`soft.threshold` must lie between 0 and 1, got {soft.threshold}.")
     if config.prune.score_only:
         found.append("`prune.score_only` has no meaning with soft pruning. Set soft.every=0, or leave it out.")
-    unheard = [k for k in ("protected_blocks", "min_steps_between", "recovery_tolerance") if getattr(config.prune, k)]
+    unheard = [k for k in ("min_steps_between", "recovery_tolerance") if getattr(config.prune, k)]
     if unheard:
         keys = ", ".join(f"`prune.{key}`" for key in unheard)
         found.append(f"{keys}: soft pruning has no checks that would follow it. Set soft.every=0, or leave it out.")
@@ -41,13 +41,19 @@ def soft_problems(config: Config) -> list[str]:
     elif (end - soft.start_step) // soft.every < soft.removals:
         message = f"`soft.removals` ({soft.removals}) needs as many updates, one every {soft.every} steps between "
         found.append(message + f"{soft.start_step} and {end}. Lower it or `soft.every`.")
-    if soft.target_macs is None and config.prune.target_depth is None:
-        return [*found, "`soft.target_macs` or `prune.target_depth` must say how much remains. Set one of them."]
-    share = target_share(config)
-    if not 0 < share < 1:
-        what = "`soft.target_macs`" if soft.target_macs is not None else "`prune.target_depth` / `model.depth`"
-        found.append(f"{what} must lie between 0 and 1, got {share:g}.")
-    elif not found and share < (least := least_share(config)):
-        message = f"`soft.target_macs` is {share:g}, but with `soft.units` {list(soft.units)} at least {least:.3g} "
-        found.append(message + "stays. Raise it, or add units.")
     return found
+
+
+def soft_target_problems(config: Config) -> list[str]:
+    """A target that is missing or out of reach; all other settings are sound."""
+    soft, share = config.soft, target_share(config)
+    if soft.target_macs is None and config.prune.target_depth is None:
+        return ["`soft.target_macs` or `prune.target_depth` must say how much remains. Set one of them."]
+    what = "`soft.target_macs`" if soft.target_macs is not None else "`prune.target_depth` / `model.depth`"
+    if not 0 < share < 1:
+        return [f"{what} must lie between 0 and 1, got {share:g}."]
+    if share * (1 + 1e-9) < (least := least_share(config)):
+        message = f"{what} is {share:g}, but with `soft.units` {list(soft.units)} and `prune.protected_blocks` "
+        message += f"{list(config.protected_blocks)} at least {least:.3g} stays. "
+        return [message + "Raise it, add units, or protect fewer blocks."]
+    return []

@@ -36,7 +36,8 @@ class RaceConfig:
     learning_rate: float | None = None
     """Learning rate of the trial steps; null takes the run's."""
     origins: tuple[str, ...] = ("spaced", "criteria", "random")
-    """Where keep-sets come from: spaced (evenly), criteria (the order of every score of the sweep), random."""
+    """Where keep-sets come from: spaced (evenly), criteria (the order of every score of the sweep, which costs more
+    than a short race), random."""
     replicas: str = "auto"
     """Whether each rank trains candidates of its own: true, false (all ranks train one, sharded), auto (if it fits)."""
     local_search: int = 0

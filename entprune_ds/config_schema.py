@@ -212,3 +212,9 @@ class Config:
     def run_dir(self) -> Path:
         """Folder of the run."""
         return Path(self.run.root) / self.run.name
+
+    @property
+    def protected_blocks(self) -> tuple[int, ...]:
+        """Original indices of prune.protected_blocks, sorted; those that count from the end looked up at the start."""
+        blocks = self.model.blocks
+        return tuple(sorted({blocks[b] if b < 0 else b for b in self.prune.protected_blocks}))

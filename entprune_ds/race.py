@@ -22,7 +22,6 @@ from entprune_ds.importance.measuring import Measuring
 from entprune_ds.importance.scores import Score, Scores
 from entprune_ds.logs import get_logger
 from entprune_ds.pruning.halving import KeepSet, NoFiniteLossError, RaceResult, neighbours, race
-from entprune_ds.pruning.policy import protected_blocks
 from entprune_ds.race_plan import Round, check_budget, cost_of, plan, searches, trial_batch, validation_cost
 from entprune_ds.race_replicas import Replicas, fits, gathered_state
 from entprune_ds.race_sharded import Sharded
@@ -57,7 +56,7 @@ def hold_race(engine: Engine, m: Measuring, scores: Scores, step: int) -> tuple[
         DistributedError: on all ranks, when no candidate keeps a finite loss.
     """
     config = m.config
-    protected = tuple(b for b in protected_blocks(config) if b in m.kept_blocks)
+    protected = tuple(b for b in config.protected_blocks if b in m.kept_blocks)
     rounds, sets = entrants(m, scores, protected)
     if len(sets) < 2:
         return Race(order_scores(sets[0].kept_blocks if sets else m.kept_blocks, scores, m.kept_blocks), {}), engine

@@ -101,7 +101,8 @@ def measure(m: Measuring, for_the_record: bool = False) -> Scores:
     """
     criterion, needed = chosen_criterion(m.config.prune), not for_the_record
     scores: Scores = {}
-    if m.config.score.sweep == "always" or (needed and criterion.needs_sweep):
+    reads_sweep = criterion.needs_sweep and not (criterion.races and "criteria" not in m.config.race.origins)
+    if m.config.score.sweep == "always" or (needed and reads_sweep):
         scores |= measure_sweep(m, entropy_needed=needed and criterion.needs_entropy)
     if needed and criterion.measure is not None:
         scores |= criterion.measure(m)

@@ -31,14 +31,16 @@ def target_share(config: Config) -> float:
 
 
 def least_share(config: Config) -> float:
-    """The smallest share that can be reached: a block, a head and a channel of every kept block always stay."""
+    """The smallest share that can be reached: protected blocks, or else one, with a head and a channel always stay."""
     model, units, full = config.model, unit_macs(config.model), blocks_macs(config.model)
-    smallest = []
+    smallest = {}
     for block in model.blocks:
         heads, channels = model.widths(block)
         heads, channels = 1 if "head" in config.soft.units else heads, 1 if "channel" in config.soft.units else channels
-        smallest.append(units.total(heads, channels))
-    return (min(smallest) if "block" in config.soft.units else sum(smallest)) / full
+        smallest[block] = units.total(heads, channels)
+    if "block" not in config.soft.units:
+        return sum(smallest.values()) / full
+    return (sum(smallest[b] for b in config.protected_blocks) or min(smallest.values())) / full
 
 
 def least_depth(config: Config) -> int:
@@ -47,7 +49,7 @@ def least_depth(config: Config) -> int:
     if "block" not in config.soft.units:
         return depth
     narrow = len(config.soft.units) > 1 or config.model.block_widths
-    return 1 if narrow else max(1, int(target_share(config) * depth + 1e-9))
+    return max(1, len(config.protected_blocks), 0 if narrow else int(target_share(config) * depth + 1e-9))
 
 
 def budget(config: Config, step: int) -> float:

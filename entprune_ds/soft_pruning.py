@@ -50,7 +50,8 @@ def open_soft(config: Config, engine: Engine, saved: dict[str, Any] | None) -> S
     if not config.soft.every:
         return None
     if saved is None:
-        return open_mask({b: engine.model_config.widths(b) for b in engine.kept_blocks}, config.soft.units)
+        widths = {b: engine.model_config.widths(b) for b in engine.kept_blocks}
+        return open_mask(widths, config.soft.units, config.protected_blocks)
     soft = SoftState.from_json(saved)
     set_gates(engine, soft.gates())
     return soft
@@ -88,7 +89,7 @@ def soft_update(engine: Engine, config: Config, soft: SoftState, step: int, exam
     removal = choose(soft.mask, scores, costs, target_share(config), config.soft.threshold, final)
     decision = _agreed(engine, config, _proposal(engine, config, soft, found, removal, removals.index(step), final))
     if decision.removes or final:
-        soft.mask = raised(soft.mask, removal, config.soft.threshold)
+        soft.mask = raised(soft.mask, decision.kept_blocks, decision.narrow, config.soft.threshold)
         set_gates(engine, soft.gates())
         fold_gates(engine)
         soft.shrink(decision.kept_blocks, decision.narrow)
@@ -143,7 +144,7 @@ def _proposal(
     scores = {
         b: {"value": found.rise[b]["gate"].item(), "standard_error": found.error[b]["gate"].item()} for b in blocks
     }
-    openness = {b: min(1.0, *(m.mean().item() for m in soft.mask[b].values())) for b in blocks}
+    openness = {b: min([1.0, *(m.mean().item() for m in soft.mask[b].values())]) for b in blocks}
     mask = {b: {"value": value, "standard_error": 0.0} for b, value in openness.items()}
     order = sorted(blocks, key=lambda b: (b in kept, openness[b], -scores[b]["value"], -b))
     before = engine.model_config

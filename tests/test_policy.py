@@ -113,7 +113,7 @@ def test_what_cannot_work_is_one_error_before_the_start(changes, expected):
     assert expected in problem
 
 
-@pytest.mark.parametrize("key", ["protected_blocks=[0]", "min_steps_between=5", "recovery_tolerance=0.1"])
+@pytest.mark.parametrize("key", ["min_steps_between=5", "recovery_tolerance=0.1"])
 def test_soft_pruning_refuses_what_only_checks_follow(key):
     with pytest.raises(ConfigError, match=f"`prune.{key.split('=')[0]}`: soft pruning has no checks"):
         load_config(["prune.target_depth=4", "model.depth=12", "soft.every=10", f"prune.{key}"])

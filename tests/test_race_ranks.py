@@ -45,6 +45,7 @@ def test_a_run_goes_on_to_the_bit_after_a_race_and_both_executors_agree(digits, 
         assert dtype == "bf16" or records[0]["winner"] == records[1]["winner"]
 
 
+@FULL
 def test_no_rank_holds_a_whole_model_in_sharded_trials(digits, tmp_path):
     small = {"stage": 3, "reduce_bucket_size": 10_000, "stage3_prefetch_bucket_size": 10_000}
     path = tmp_path / "zero3.json"
@@ -80,7 +81,7 @@ RACE = [
 def test_a_run_that_races_keeps_the_winner_and_one_that_only_scores_is_inert(digits, tmp_path):
     one_shot = ["prune.num_checks=1", "prune.start_step=2"]
     runs = [
-        words(digits, tmp_path, "raced", *RACE, *one_shot),
+        words(digits, tmp_path, "raced", *RACE, *one_shot, "score.sweep=needed", "race.origins=[spaced,random]"),
         words(digits, tmp_path, "scored", *RACE, "prune.score_only=true", "parallel.ds_config=zero3_fp32",
               "race.replicas=false"),
         words(digits, tmp_path, "plain", "prune.target_depth=null", "parallel.ds_config=zero3_fp32"),
@@ -94,6 +95,7 @@ def test_a_run_that_races_keeps_the_winner_and_one_that_only_scores_is_inert(dig
     [raced] = decisions["raced"]
     assert raced["kept_blocks"] == raced["race"]["winner"] and len(raced["kept_blocks"]) == 2
     assert raced["race"]["executor"] == "replicas"
+    assert list(raced["scores"]) == ["recovery_race"]  # nothing asked for the sweep
     assert losses(tmp_path / "scored") == losses(tmp_path / "plain")
     first, second = decisions["progressive"]
     assert set(first["race"]["winner"]) <= set(first["kept_blocks"]) and len(second["kept_blocks"]) == 2

@@ -141,6 +141,7 @@ def test_bad_input_is_refused_in_words(export, digits, tmp_path, capsys, monkeyp
     assert "at least the number of ranks (64)" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_run_that_waits_and_its_scores_on_two_ranks(digits, tmp_path, capsys):
     run = tmp_path / "waits"
     training = words(

@@ -164,7 +164,7 @@ def test_what_is_closed_goes_and_the_strongest_of_a_block_stays():
     narrow = {3: Narrowing(heads=(0,), channels=tuple(range(1, 10))), 5: Narrowing(channels=tuple(range(7)))}
     assert removal.narrow == narrow
     assert removal.macs == pytest.approx(0.05 + 0.02 + 0.09 + 0.05 + 0.02 + 0.07)
-    up = raised(mask, removal, 0.1)
+    up = raised(mask, removal.kept_blocks, removal.narrow, 0.1)
     assert up[0]["gate"] == 0.01 and up[3]["attn.gate"].tolist() == [0.1, 0.02] and up[5]["attn.gate"].tolist() == [0.1]
     assert up[3]["mlp.gate"][0] == 0 and up[3]["mlp.gate"][1] == 0.5
 
@@ -250,7 +250,10 @@ BAD = [
     ({"every": 40}, "`soft.removals` (4) needs as many updates, one every 40 steps between 0 and 75"),
     ({"target_macs": None}, "`soft.target_macs` or `prune.target_depth` must say how much remains"),
     ({"target_macs": 1.5}, "`soft.target_macs` must lie between 0 and 1, got 1.5"),
-    ({"target_macs": 0.2}, "`soft.target_macs` is 0.2, but with `soft.units` ['block'] at least 0.25 stays"),
+    (
+        {"target_macs": 0.2},
+        "`soft.target_macs` is 0.2, but with `soft.units` ['block'] and",
+    ),
     ({"every": -1}, "`soft.every` must be at least 0, got -1"),
 ]
 
@@ -261,11 +264,28 @@ def test_impossible_settings_are_refused_with_a_remedy(changes, message):
     assert len(found) == 1 and found[0].startswith(message)
 
 
+def test_a_protected_block_has_no_gate_and_stays():
+    mask = open_mask(COSTS.widths, ("block", "head"), protected=(3,)).mask
+    assert list(mask[3]) == ["attn.gate"] and list(mask[0]) == ["gate", "attn.gate"]
+    scores = standardised({b: {k: m + b for k, m in g.items()} for b, g in mask.items()})
+    assert scores[5]["gate"] > scores[0]["gate"] and "gate" not in scores[3]
+    closed = {b: {k: m * 0 for k, m in g.items()} for b, g in mask.items()}
+    assert choose(closed, scores, COSTS, 0.01, 0.1, final=True).kept_blocks == (3,)
+
+    config = replace(soft_config(target_macs=0.5), prune=PruneConfig(protected_blocks=(0, -1)))
+    assert problems_of(config) == [] and least_share(config) == 0.5 and least_depth(config) == 2
+    more = problems_of(replace(config, prune=PruneConfig(protected_blocks=(0, 1, -1))))
+    assert len(more) == 1 and "`prune.protected_blocks` [0, 1, 3] at least 0.75 stays" in more[0]
+    unknown = problems_of(replace(config, prune=PruneConfig(protected_blocks=(9,))))
+    assert len(unknown) == 1 and "`prune.protected_blocks` names [9]" in unknown[0]
+
+
 def test_soft_pruning_takes_the_place_of_the_checks():
-    from entprune_ds.pruning.schedule import planned_checks
+    from entprune_ds.pruning.schedule import planned_checks, schedule_problem
 
     config = replace(soft_config(), prune=PruneConfig(target_depth=2), train=TrainConfig(num_steps=100))
     assert problems_of(replace(config, train=replace(tiny_config().train, num_steps=100))) == []
+    assert schedule_problem(config) is None
     assert planned_checks(config) == [] and planned_checks(replace(config, soft=SoftConfig())) != []
     score_only = problems_of(replace(config, prune=PruneConfig(target_depth=2, score_only=True)))
     assert any("`prune.score_only` has no meaning with soft pruning" in p for p in score_only)

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from entprune_ds.config import config_from_dict
+from entprune_ds.config import Config, config_from_dict, load_config
+from entprune_ds.diffusion.objective import build_objective
 from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.export import checkpoint_source
 from entprune_ds.interop.safetensors import read_export
 from entprune_ds.interop.source import loaded_model
 from entprune_ds.macs import blocks_macs
+from entprune_ds.models.dit import DiT
 from entprune_ds.pruning.soft_mask import SoftState
+from entprune_ds.run_state import validation_draws
 from tests.ranks import run_ranks
 from tests.test_training import cut_after, equal_state, losses, named_state, what_was_logged, words
 
@@ -48,19 +51,30 @@ def test_gates_fold_into_sharded_state_and_nothing_that_is_computed_changes(topo
             assert gaps["norm"] == pytest.approx(found[0]["norm"], rel=1e-4)
 
 
+def test_what_stays_computes_what_the_last_mask_said():
+    [found] = run_ranks("tests.workers.soft:updated_and_resized", 1)
+    assert (found["depth"], found["gates"]) == (2, 2)
+    assert found["smallest"] < 0.95 and found["gap"] < 1e-5
+
+
 def macs_share(run: Path) -> float:
     """Multiply-accumulates of the blocks of the exported model over those of the model at the start."""
     start = read_checkpoint(run / "checkpoints/step_00000012").manifest["record"]["config"]
     return blocks_macs(read_export(run / "model")[0]) / blocks_macs(config_from_dict(start).model)
 
 
+def exported_loss(model: DiT, config: Config) -> float:
+    """Validation loss of a model in one process."""
+    draws, objective = validation_draws(config), build_objective(config.model, config.diffusion)
+    with torch.no_grad():
+        return objective.loss(model(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean().item()
+
+
 def test_a_run_reaches_its_target_and_resumes_exactly(digits, tmp_path):
     whole = tmp_path / "whole"
-    settings = ["parallel.ds_config=zero3_fp32", *SOFT]
-    assert run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole", *settings)]) == [
-        [0],
-        [0],
-    ]
+    settings = ["parallel.ds_config=zero3_fp32", "train.checkpoint_every=3", "train.validate_every=3", *SOFT]
+    command = words(digits, tmp_path, "whole", *settings)
+    assert run_ranks("tests.workers.training:train", 2, runs=[command]) == [[0], [0]]
     decisions = [json.loads(line) for line in (whole / "decisions.jsonl").read_text().splitlines()]
     assert [d["step"] for d in decisions] == [6, 10] and [d["forced"] for d in decisions] == [False, True]
     assert decisions[-1]["narrow"]
@@ -72,18 +86,23 @@ def test_a_run_reaches_its_target_and_resumes_exactly(digits, tmp_path):
     assert len(around) == 3  # of the step, with the new mask, after the removal
     assert around[1] != around[0] and around[2] == pytest.approx(around[1], rel=0.05)
 
-    # in the middle there are gates that are not in the weights yet: an export folds them
-    middle = read_checkpoint(whole / "checkpoints/step_00000004")
-    stored = named_state(middle.folder)
-    folded = loaded_model(checkpoint_source(middle, "raw")).state_dict()
-    gates = SoftState.from_json(middle.manifest["record"]["soft"]).gates()
+    # at step 3 there are gates that are not in the weights yet: the run validates with them, an export folds them
+    middle = read_checkpoint(whole / "checkpoints/step_00000003")
+    stored, gates = named_state(middle.folder), SoftState.from_json(middle.manifest["record"]["soft"]).gates()
+    model, config = loaded_model(checkpoint_source(middle, "raw")), load_config(command)
     block = next(b for b in gates if gates[b]["gate"] != 1)
     expected = stored[f"weight/blocks.{block}.mlp.fc2.bias"] * gates[block]["gate"].float()
-    assert torch.equal(folded[f"blocks.{block}.mlp.fc2.bias"], expected)
-    plain = f"blocks.{block}.mlp.fc1.bias"
-    assert torch.equal(folded[plain], stored[f"weight/{plain}"])
+    assert torch.equal(model.blocks[str(block)].mlp.fc2.bias, expected)
+    assert torch.equal(model.blocks[str(block)].mlp.fc1.bias, stored[f"weight/blocks.{block}.mlp.fc1.bias"])
+    [logged] = [row["train/validation_loss"] for row in rows if row["step"] == 3 and "train/validation_loss" in row]
+    assert exported_loss(model, config) == pytest.approx(logged, rel=1e-6)
+    raw = {n.removeprefix("weight/"): t for n, t in stored.items() if n.startswith("weight/")}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(raw[name].view_as(p))
+    assert exported_loss(model, config) != pytest.approx(logged, rel=1e-5)
 
-    cuts = [cut_after(whole, tmp_path / f"from_{step}", step) for step in (8, 4)]  # in the weights in part; half closed
+    cuts = [cut_after(whole, tmp_path / f"from_{step}", step) for step in (9, 3)]
     runs = [words(digits, tmp_path, cut.name, *settings) for cut in cuts]
     assert run_ranks("tests.workers.training:train", 2, runs=runs) == [[0, 0]] * 2
     for cut in cuts:

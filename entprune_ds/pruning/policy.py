@@ -94,16 +94,10 @@ def state_of(
         validations=() if prune.recovery_tolerance is None else tuple(validations),
         criterion=prune.criterion, score_only=prune.score_only, seed=config.run.seed,
         explicit_order=prune.explicit_order, combined=prune.combined, target_depth=target, cap=cap,
-        protected=protected_blocks(config), min_steps_between=prune.min_steps_between,
+        protected=config.protected_blocks, min_steps_between=prune.min_steps_between,
         recovery_tolerance=prune.recovery_tolerance, vote_weights=prune.vote_weights,
         vote_tolerance=prune.vote_tolerance,
     )  # fmt: skip
-
-
-def protected_blocks(config: Config) -> tuple[int, ...]:
-    """Original indices of prune.protected_blocks, sorted; those that count from the end looked up at the start."""
-    blocks = config.model.blocks
-    return tuple(sorted({blocks[b] if b < 0 else b for b in config.prune.protected_blocks}))
 
 
 def open_depths(state: CheckState) -> Choice:

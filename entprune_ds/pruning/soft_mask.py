@@ -87,15 +87,21 @@ class SoftState:
         return cls(mask, folded, values["step"], values["updates"])
 
 
-def open_mask(widths: Mapping[int, tuple[int, int]], units: Iterable[str]) -> SoftState:
-    """Everything open: a mask of ones over the chosen kinds of units of blocks of these widths."""
+def open_mask(widths: Mapping[int, tuple[int, int]], units: Iterable[str], protected: Iterable[int] = ()) -> SoftState:
+    """Everything open: a mask of ones over the chosen kinds of units of blocks of these widths.
+
+    A protected block has no gate of its own, so that it stays; its heads and channels may go.
+    """
     shapes = {
         b: {"gate": (), "attn.gate": (heads,), "mlp.gate": (channels,)} for b, (heads, channels) in widths.items()
     }
     kinds = [KINDS[unit] for unit in KINDS if unit in units]
-    state = SoftState(
-        {b: {k: torch.ones(of_block[k], dtype=torch.float64) for k in kinds} for b, of_block in shapes.items()}, {}
-    )
+    whole = set(protected)
+    mask = {
+        b: {k: torch.ones(of_block[k], dtype=torch.float64) for k in kinds if k != "gate" or b not in whole}
+        for b, of_block in shapes.items()
+    }
+    state = SoftState(mask, {})
     state.fold()
     return state
 
@@ -111,9 +117,10 @@ def standardised(scores: Mask) -> Mask:
     """(S - mean) / standard deviation over all units of a kind; 0 where all are equal."""
     found: Mask = {block: {} for block in scores}
     for kind in {kind: None for of_block in scores.values() for kind in of_block}:
-        every = torch.cat([of_block[kind].reshape(-1) for of_block in scores.values()])
+        having = {block: of_block for block, of_block in scores.items() if kind in of_block}
+        every = torch.cat([of_block[kind].reshape(-1) for of_block in having.values()])
         mean, spread = every.mean(), every.std(correction=0)
-        for block, of_block in scores.items():
+        for block, of_block in having.items():
             centered = of_block[kind] - mean
             found[block][kind] = centered / spread if spread > 0 else torch.zeros_like(centered)
     return found
@@ -237,15 +244,16 @@ def choose(mask: Mask, scores: Mask, costs: Costs, target: float, threshold: flo
     return Removal(kept, narrow, sum(left.values()))
 
 
-def raised(mask: Mask, removal: Removal, least: float) -> Mask:
+def raised(mask: Mask, kept_blocks: Iterable[int], narrow: Mapping[int, Narrowing], least: float) -> Mask:
     """The mask with at least this much for every unit that stays: a gate of 0 could not be folded."""
     found: Mask = {}
+    present = set(kept_blocks)
     for block, of_block in mask.items():
         found[block] = {}
-        stays = removal.narrow.get(block, Narrowing())
+        stays = narrow.get(block, Narrowing())
         for kind, m in of_block.items():
             kept = {"attn.gate": stays.heads, "mlp.gate": stays.channels}.get(kind)
-            raised_to = m.clamp(min=least) if block in removal.kept_blocks else m
+            raised_to = m.clamp(min=least) if block in present else m
             if kept is not None:
                 goes = torch.ones(len(m), dtype=torch.bool)
                 goes[list(kept)] = False

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from entprune_ds import comm
-from entprune_ds.config import Config, ScoreConfig
+from entprune_ds.config import Config, ScoreConfig, SoftConfig
 from entprune_ds.diffusion.objective import FlowObjective
 from entprune_ds.engine.build import Engine, build_engine, destroy_engine, train_step
 from entprune_ds.engine.gates import fold_gates, set_gates
+from entprune_ds.engine.resize import resize
 from entprune_ds.engine.state import KEYS, Piece, write_state
 from entprune_ds.engine.view import ShardedView, gather_full
+from entprune_ds.models.dit import DiT
 from entprune_ds.rng import generator_for
-from entprune_ds.soft_pruning import score_units
+from entprune_ds.soft_pruning import open_soft, score_units, soft_update
 from tests.tiny import tiny_config, tiny_draws
 
 
@@ -130,3 +132,32 @@ def examples(config: Config):  # type: ignore[no-untyped-def]
 
 def _gap(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+
+
+def updated_and_resized() -> dict[str, float]:
+    """The last update of a run that prunes blocks, carried out: how far its outputs are from what its gates gave."""
+    config = tiny_config()
+    soft = SoftConfig(every=1, end_step=1, removals=1, target_macs=0.5, eta=0.1, budget_weight=2.0)
+    config = replace(config, soft=soft, score=ScoreConfig(gradient_batches=2, gradient_batch_size=8))
+    engine = build_engine(config, config.model)
+    write_state(engine.ds, engine.optimizer, engine.ema, 3, random_state)
+    state = open_soft(config, engine, None)
+    decision = soft_update(engine, config, state, 1, examples(config)).decision
+    expected = {}
+    for key in ("weight", "ema"):
+        model = DiT(config.model.keeping(decision.kept_blocks))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(random_state(Piece(name, 0, p.numel(), tuple(p.shape), p, 0))[key].view_as(p))
+        for b in decision.kept_blocks:
+            model.blocks[str(b)].set_gates({"gate": state.mask[b]["gate"].float()})
+        draws = tiny_draws(config, 0, 0, 1)
+        expected[key] = model(draws.z_t, draws.t, draws.labels).detach()
+    engine, _ = resize(engine, config, decision.kept_blocks, decision.cut, decision.narrow)
+    found = outputs(engine, config)
+    destroy_engine(engine)
+    return {
+        "gap": max(_gap(found[key], expected[key]) for key in found),
+        "smallest": min(m["gate"].item() for m in state.mask.values()),
+        "depth": len(decision.kept_blocks), "gates": len(state.mask),
+    }  # fmt: skip
