@@ -29,9 +29,9 @@ class RaceConfig:
     """Keep-sets at the start of a race; null takes what the budget allows, at most 32."""
     first_steps: int | None = None
     """Recovery steps of the first round, doubled in every later one; null takes what the budget allows."""
-    batch_size: float = 1.0
+    batch_size: float = 0.25
     """Examples of a trial step as a share of train.global_batch_size."""
-    validation_draws: int = 512
+    validation_draws: int = 256
     """Fixed draws (example, t, noise) of the training shards that judge a candidate; its forward passes count too."""
     learning_rate: float | None = None
     """Learning rate of the trial steps; null takes the run's, as it is after the warm-up."""

@@ -68,7 +68,7 @@ def race_settings(**race: object) -> Config:
 
 
 def test_the_budget_is_a_share_of_the_run_in_steps_of_a_candidate():
-    config = race_settings(budget=0.05, validation_draws=384)
+    config = race_settings(budget=0.05, batch_size=1.0, validation_draws=384)
     assert check_budget(config) == pytest.approx(0.05 * 2000 * 12 / 4)
     assert validation_cost(config) == pytest.approx(1.0)  # 384 forward passes cost as much as 128 with a backward pass
     quarter = race_settings(budget=0.05, batch_size=0.25, validation_draws=384)

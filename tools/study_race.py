@@ -11,6 +11,7 @@ of equal cost are replayed from these curves: few candidates with many steps aga
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -36,21 +37,33 @@ from entprune_ds.interop.safetensors import open_export
 from entprune_ds.interop.source import loaded_model
 from entprune_ds.models.dit import DiT
 from entprune_ds.pruning.halving import better_half
-from entprune_ds.race_plan import cost_of, rounds_of
+from entprune_ds.race_plan import FORWARD_SHARE, cost_of, rounds_of
 from entprune_ds.race_replicas import Replicas, State, built, mean_loss
 from entprune_ds.race_trial import Recovery
 from entprune_ds.rng import permutation
 from entprune_ds.trainer import examples_of
 
-SHORT = (1, 2, 4, 5, 8, 10, 16, 20, 32, 40)
+SHORT = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)
 """Recovery steps after which a candidate is judged."""
-WAYS = {"full": (1.0, 1.0), "quarter batch": (0.25, 1.0), "rate x 2": (1.0, 2.0)}
+WAYS = {
+    "full": (1.0, 1.0), "quarter": (0.25, 1.0), "eighth": (0.125, 1.0), "quarter, rate x 2": (0.25, 2.0),
+    "quarter, rate / 2": (0.25, 0.5),
+}  # fmt: skip
 """Share of the global batch, factor of the learning rate."""
+JUDGES = (64, 128, 256, 512)
+"""Draws that judge."""
 FACTORS = (0.001, 0.01, 0.1, 1.0)
 """c of loss - c ||gradient||^2."""
-BUDGETS = (30, 60, 120, 240, 480)
-"""Steps of one candidate that a replayed race may take."""
-REPLAYS = 300
+BUDGETS = (15, 30, 60, 120, 240)
+"""Steps of one candidate at the full batch that a replayed race may take, its judging included."""
+COUNTS = (2, 3, 4, 6, 8, 12, 16, 24)
+"""Candidates of a replayed race."""
+REPLAYS = 400
+
+
+Curves = dict[str, list[list[float]]]
+"""{draws that judge: losses of every keep-set}."""
+BATCH_SIZE = 128
 
 
 def study_config(model: Path, data: Path, args: argparse.Namespace) -> Config:
@@ -59,7 +72,9 @@ def study_config(model: Path, data: Path, args: argparse.Namespace) -> Config:
         run=RunConfig(seed=args.seed),
         model=replace(open_export(model).model, weights=""),
         data=DataConfig(shards=str(data / "train"), val_shards=str(data / "val"), num_readers=4, shuffle_buffer=512),
-        train=TrainConfig(num_steps=2000, global_batch_size=128, learning_rate=args.learning_rate, ema_decay=0.995),
+        train=TrainConfig(
+            num_steps=2000, global_batch_size=BATCH_SIZE, learning_rate=args.learning_rate, ema_decay=0.995
+        ),
         prune=PruneConfig(target_depth=args.target_depth, criterion="recovery_race", num_checks=1),
         score=ScoreConfig(draws=1024, batch_size=128),
         race=RaceConfig(validation_draws=512),
@@ -88,21 +103,34 @@ def state_of_export(model: DiT) -> State:
     return State({"weight": weights, "exp_avg": zeros, "exp_avg_sq": zeros}, 0)
 
 
-def short_curves(config: Config, state: State, sets: list[Origin], judge: Draws, way: str) -> list[list[float]]:
-    """Loss of every keep-set after each of SHORT steps."""
+def short_curves(config: Config, state: State, sets: list[Origin], judge: Draws, way: str) -> Curves:
+    """Loss of every keep-set after each of SHORT steps, at the full batch after the first half of them."""
     share, factor = WAYS[way]
     race = replace(config.race, batch_size=share, learning_rate=config.train.learning_rate * factor)
-    trials = Replicas(
-        config.model, state, recovery_of(replace(config, race=race), config.run.seed, judge), 10**9, torch.float32
-    )
-    curves: list[list[float]] = []
+    recovery = recovery_of(replace(config, race=race), config.run.seed, judge)
+    trials = Replicas(config.model, state, recovery, 10**9, torch.float32)
+    curves: Curves = {str(count): [] for count in JUDGES}
     for candidate in sets:
-        kept, done, losses = candidate.kept_blocks, 0, []
-        for stop in SHORT:
-            losses += trials.run([kept], done, stop, lambda share: None)
-            done = stop
-        curves.append(losses)
+        model, optimizer = built(config.model.keeping(candidate.kept_blocks), state, config)
+        for group in optimizer.param_groups:
+            group["lr"] = recovery.learning_rate(0)
+        found: Curves = {count: [[]] for count in curves}
+        for i, draws in enumerate(recovery.draws(0, SHORT[-1] if share < 1 else SHORT[-1] // 2), 1):
+            trials.step(model, optimizer, draws)
+            if i in SHORT:
+                losses = example_losses(model, recovery)
+                for count, [curve] in found.items():
+                    curve.append(losses[: int(count)].mean().item())
+        for count, [curve] in found.items():
+            curves[count].append(curve)
     return curves
+
+
+@torch.no_grad()
+def example_losses(model: DiT, recovery: Recovery) -> Tensor:
+    """Loss of every draw that judges, (N,)."""
+    draws = recovery.validation
+    return recovery.objective.loss(model(draws.z_t, draws.t, draws.labels), draws.target, draws.t)
 
 
 def without_steps(config: Config, state: State, sets: list[Origin], judge: Draws) -> dict[str, list[float]]:
@@ -144,27 +172,29 @@ def spearman(a: list[float], b: list[float]) -> float:
     return round(float(stats.spearmanr(a, b)[0]), 3)
 
 
-def replays(curves: list[list[float]], final: list[float]) -> Iterator[dict[str, Any]]:
+def replays(way: str, curves: Curves, final: list[float]) -> Iterator[dict[str, Any]]:
     """Races over random subsets of the keep-sets, by budget and number of candidates: what the winner is worth."""
-    ranks = stats.rankdata(final)
-    for budget in BUDGETS:
-        for count in (2, 4, 8, 16, 32):
-            fitting = [r for r in SHORT if cost_of(rounds_of(count, r), 0) <= budget]
-            last = max((r for r in fitting if all(x.steps in SHORT for x in rounds_of(count, r))), default=None)
-            if last is None or count > len(final):
-                continue
-            winners = []
-            for replay in range(REPLAYS):
-                alive = permutation(0, "study/replay", count, replay, len(final))[:count]
-                for turn in rounds_of(count, last):
-                    losses = [curves[i][SHORT.index(turn.steps)] for i in alive]
-                    alive = [alive[i] for i in better_half(losses)]
-                winners.append(alive[0])
-            yield {
-                "budget": budget, "candidates": count, "first_steps": last, "cost": cost_of(rounds_of(count, last), 0),
-                "mean_final_loss": statistics.fmean(final[i] for i in winners),
-                "mean_rank": statistics.fmean(float(ranks[i]) for i in winners),
-            }  # fmt: skip
+    ranks, share = stats.rankdata(final), WAYS[way][0]
+    marks = SHORT[: len(curves[str(JUDGES[0])][0])]
+    for budget, judges, count in itertools.product(BUDGETS, JUDGES, COUNTS):
+        judging = judges * FORWARD_SHARE / (share * BATCH_SIZE)
+        steps = [r for r in marks if all(x.steps in marks for x in rounds_of(count, r))]
+        first = max((r for r in steps if share * cost_of(rounds_of(count, r), judging) <= budget), default=None)
+        if first is None or count > len(final):
+            continue
+        rounds, winners = rounds_of(count, first), []
+        for replay in range(REPLAYS):
+            alive = permutation(0, "study/replay", count, replay, len(final))[:count]
+            for turn in rounds:
+                losses = [curves[str(judges)][i][marks.index(turn.steps)] for i in alive]
+                alive = [alive[i] for i in better_half(losses)]
+            winners.append(alive[0])
+        yield {
+            "budget": budget, "way": way, "judges": judges, "candidates": count, "first_steps": first,
+            "cost": round(share * cost_of(rounds, judging), 1),
+            "mean_final_loss": statistics.fmean(final[i] for i in winners),
+            "mean_rank": statistics.fmean(float(ranks[i]) for i in winners),
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -177,6 +207,9 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=400, help="steps of the long recovery")
     parser.add_argument("--long-seeds", type=int, default=1, help="long recoveries with other draws, averaged")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--reuse", type=Path, help="JSON of an earlier study of the same keep-sets: its long recoveries"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write everything there")
     args = parser.parse_args()
@@ -190,6 +223,9 @@ def main() -> None:
         explicit_order=(),
     )  # fmt: skip
     sets = candidates(request, args.keep_sets, ("spaced", "criteria", "random"))
+    if args.reuse:
+        earlier = json.loads(args.reuse.read_text())
+        sets = [Origin(tuple(c["kept_blocks"]), c["origin"]) for c in earlier["keep_sets"]]
     judge = fixed_draws(config, config.data.shards, "study/judge", config.race.validation_draws)
     unseen = fixed_draws(config, config.data.val_shards, "study/unseen", 2048)
     seconds = {}
@@ -206,22 +242,36 @@ def main() -> None:
         now = time.perf_counter()
         curves[way] = timed(way, short_curves(config, state, sets, judge, way), now)
     now = time.perf_counter()
-    runs = [long_losses(config, state, sets, unseen, args.long, args.seed + 1 + i) for i in range(args.long_seeds)]
+    if args.reuse:
+        runs = earlier["final_runs"]
+    else:
+        seeds = range(args.seed + 1, args.seed + 1 + args.long_seeds)
+        runs = [long_losses(config, state, sets, unseen, args.long, seed) for seed in seeds]
     final = timed("long", [statistics.fmean(values) for values in zip(*runs, strict=True)], now)
     rows = {name: spearman(values, final) for name, values in zero.items()}
-    table = {way: {s: spearman([c[i] for c in of_way], final) for i, s in enumerate(SHORT)}
-             for way, of_way in curves.items()}  # fmt: skip
-    raced = [row for row in replays(curves["full"], final)]
+    table = {
+        way: {
+            count: [spearman(list(at_step), final) for at_step in zip(*losses, strict=True)]
+            for count, losses in c.items()
+        }
+        for way, c in curves.items()
+    }
+    raced = [row for way, of_way in curves.items() for row in replays(way, of_way, final)]
     print(f"{len(sets)} keep-sets, depth {config.model.depth} -> {args.target_depth}; Spearman with the final loss")
     for name, rho in rows.items():
         print(f"  {name:32s} {rho:6.3f}")
     for way, of_way in table.items():
-        print(f"  {way:16s} " + "  ".join(f"{s}: {rho:.3f}" for s, rho in of_way.items()))
-    by_loss = sorted(zip(final, sets, strict=True))
-    for value, (kept, origin) in by_loss:
+        for count, rhos in of_way.items():
+            print(
+                f"  {way:18s} {count:>4s} draws  "
+                + "  ".join(f"{s}: {r:.2f}" for s, r in zip(SHORT, rhos, strict=False))
+            )
+    for value, (kept, origin) in sorted(zip(final, sets, strict=True)):
         print(f"  {value:.5f}  {origin:12s} {list(kept)}")
-    for row in raced:
-        print("  " + "  ".join(f"{k} {v:.5g}" for k, v in row.items()))
+    for budget in BUDGETS:
+        best = sorted((r for r in raced if r["budget"] == budget), key=lambda r: r["mean_final_loss"])
+        for row in best[:8]:
+            print("  " + "  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     if args.json:
         found = {
             "keep_sets": [c._asdict() for c in sets], "final": final, "final_runs": runs, "short_steps": SHORT,
