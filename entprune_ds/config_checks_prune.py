@@ -8,18 +8,10 @@ from pathlib import Path
 from entprune_ds.config_checks_methods import method_problems
 from entprune_ds.config_checks_score import estimator_problems
 from entprune_ds.config_checks_soft import soft_problems, soft_target_problems
-from entprune_ds.config_methods import METHODS
+from entprune_ds.config_methods import CRITERIA, METHODS, SWEEP_CRITERIA
 from entprune_ds.config_schema import Config
 from entprune_ds.race_plan import race_problems
 
-CRITERIA = (
-    "ced", "ced_abs", "loss", "random", "every_other", "explicit",
-    "mse", "ld_pruner", "flux_lite", "shortgpt",
-    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "learned", "combined", "gradient_flow",
-    "recovery_race",
-)  # fmt: skip
-SWEEP_CRITERIA = ("ced", "ced_abs", "loss", "mse", "ld_pruner", "flux_lite", "shortgpt")
-"""Those whose order depends on the scores of a sweep."""
 NOT_COMBINED = ("combined", "recovery_race")
 """Criteria that `prune.combined` cannot hold: a race judges sets, not blocks."""
 

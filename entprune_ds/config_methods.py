@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+CRITERIA = (
+    "ced", "ced_abs", "loss", "random", "every_other", "explicit",
+    "mse", "ld_pruner", "flux_lite", "shortgpt",
+    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "learned", "combined", "gradient_flow",
+    "recovery_race",
+)  # fmt: skip
+SWEEP_CRITERIA = ("ced", "ced_abs", "loss", "mse", "ld_pruner", "flux_lite", "shortgpt")
+"""Those whose order depends on the scores of a sweep."""
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "entpruner": {
         "prune": {"criterion": "ced", "num_checks": 4, "max_blocks_per_check": None, "vote_weights": [1.0, 1.0, 0.0]},
@@ -37,7 +45,7 @@ class RaceConfig:
     """Learning rate of the trial steps; null takes the run's, as it is after the warm-up."""
     origins: tuple[str, ...] = ("spaced", "criteria", "random")
     """Where keep-sets come from: spaced (evenly), criteria (the order of every score of the sweep, which costs more
-    than a short race), random."""
+    than a short race), random, or criteria by name, such as taylor, which are measured for the race."""
     replicas: str = "auto"
     """Whether each rank trains candidates of its own: true, false (all ranks train one, sharded), auto (if it fits)."""
     local_search: int = 0

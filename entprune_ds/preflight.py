@@ -8,13 +8,13 @@ from pathlib import Path
 import yaml
 
 from entprune_ds.config import Config, config_from_dict, problems_of, to_dict
-from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
 from entprune_ds.importance.stack_memory import stack_problem
 from entprune_ds.interop.weights import starting_problems
 from entprune_ds.pruning.schedule import schedule_problem
+from entprune_ds.ranking import needed_criteria
 from entprune_ds.rollback import rollback_pending, rollback_problem
 from entprune_ds.teacher import teacher_problems
 
@@ -84,17 +84,18 @@ def _criterion_problems(config: Config, world_size: int, trained: bool) -> list[
     if prune.target_depth is None or config.soft.every:
         return []
     try:
-        criterion = chosen_criterion(prune)
+        needed = needed_criteria(config)
     except ValueError as error:
         return [str(error)]
     found = []
-    if config.score.sweep == "always" or criterion.needs_sweep:
+    if config.score.sweep == "always" or any(c.needs_sweep for c in needed):
         problem = stack_problem(config, world_size, len(config.model.blocks))
         found += [problem] if problem is not None else []
-    if criterion.needs_entropy and prune.start_step == 0 and not trained:
+    if any(c.needs_entropy for c in needed) and prune.start_step == 0 and not trained:
         message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
         found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
-    if "learned" in (prune.criterion, *prune.combined_weights) and config.learned.batch_size < world_size:
+    origins = config.race.origins if prune.criterion == "recovery_race" else ()
+    if "learned" in (prune.criterion, *prune.combined_weights, *origins) and config.learned.batch_size < world_size:
         message = f"`learned.batch_size` must be at least the number of ranks ({world_size}), "
         found.append(message + f"got {config.learned.batch_size}.")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from entprune_ds.config_methods import CRITERIA
 from entprune_ds.config_schema import Config
 
 MOST_CANDIDATES = 32
@@ -117,10 +118,10 @@ def race_problems(config: Config) -> list[str]:
     if race.replicas == "true" and config.parallel.pipe_stages > 1:
         message = "`race.replicas=true` needs parallel.pipe_stages=1: it trains whole candidates on single ranks. "
         found.append(message + "Set it to auto or false.")
-    unknown = sorted(set(race.origins) - set(ORIGINS))
+    unknown = sorted(set(race.origins) - {*ORIGINS, *GIVE_KEEP_SETS})
     if unknown or not race.origins or len(set(race.origins)) < len(race.origins):
-        message = f"`race.origins` must list some of {', '.join(ORIGINS)}, each once, got {list(race.origins)}."
-        found.append(message)
+        known = ", ".join((*ORIGINS, *GIVE_KEEP_SETS))
+        found.append(f"`race.origins` must list some of {known}, each once, got {list(race.origins)}.")
     if found or config.prune.target_depth is None:
         return found
     try:
@@ -136,4 +137,8 @@ def race_problems(config: Config) -> list[str]:
 
 
 ORIGINS = ("spaced", "criteria", "random")
-"""Where keep-sets come from."""
+"""Where keep-sets come from, beside criteria by name."""
+GIVE_KEEP_SETS = tuple(
+    name for name in CRITERIA if name not in ("random", "every_other", "explicit", "combined", "recovery_race")
+)
+"""Criteria with scores, which `race.origins` may name."""

@@ -13,7 +13,7 @@ from entprune_ds import comm
 from entprune_ds.config import Config, PruneConfig
 from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.diffusion.objective import build_objective
-from entprune_ds.importance.criteria import removal_order
+from entprune_ds.importance.criteria import CRITERIA, Criterion, removal_order
 from entprune_ds.importance.greedy import greedy_order, greedy_scores
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.measuring import Batch, Measuring
@@ -99,14 +99,22 @@ def measure(m: Measuring, for_the_record: bool = False) -> Scores:
         m: the check.
         for_the_record: nothing will be ranked, so that nothing is needed.
     """
-    criterion, needed = chosen_criterion(m.config.prune), not for_the_record
+    needed = [] if for_the_record else needed_criteria(m.config)
     scores: Scores = {}
-    reads_sweep = criterion.needs_sweep and not (criterion.races and "criteria" not in m.config.race.origins)
-    if m.config.score.sweep == "always" or (needed and reads_sweep):
-        scores |= measure_sweep(m, entropy_needed=needed and criterion.needs_entropy)
-    if needed and criterion.measure is not None:
-        scores |= criterion.measure(m)
+    if m.config.score.sweep == "always" or any(c.needs_sweep for c in needed):
+        scores |= measure_sweep(m, entropy_needed=any(c.needs_entropy for c in needed))
+    for measure_own in dict.fromkeys(c.measure for c in needed if c.measure is not None):
+        scores |= measure_own(m)
     return scores
+
+
+def needed_criteria(config: Config) -> list[Criterion]:
+    """Criteria whose scores a check needs: the chosen one, or those that give a race its candidates."""
+    criterion = chosen_criterion(config.prune)
+    if not criterion.races:
+        return [criterion]
+    named = [CRITERIA[origin] for origin in config.race.origins if origin in CRITERIA]
+    return [*named, *([criterion] if "criteria" in config.race.origins else [])]  # it stands for the sweep
 
 
 def measuring(

@@ -27,6 +27,7 @@ from entprune_ds.race import Clock, log, order_scores, raced
 from entprune_ds.race_plan import check_budget, cost_of, plan, rounds_of, trial_batch, validation_cost
 from entprune_ds.race_replicas import KEYS, Replicas, State, built, state_of
 from entprune_ds.race_trial import Recovery, micro_batch, trial_config
+from entprune_ds.ranking import needed_criteria
 from entprune_ds.trainer import examples_of
 from tests.test_monitor import decision_row, write_run
 from tests.tiny import tiny_config
@@ -205,6 +206,34 @@ def test_candidates_are_different_sorted_present_of_the_target_depth_and_hold_wh
     for kept in sets:
         assert list(kept) == sorted(set(kept)) and len(kept) == target and set(kept) <= set(range(depth))
         assert set(protected) <= set(kept)
+
+
+def test_a_criterion_by_name_gives_its_set_and_one_spread_over_the_model():
+    taylor = [9.0, 8.0, 1.0, 2.0, 7.0, 3.0, 4.0, 5.0]
+    asked = request(8, 4, taylor=taylor, loss=[1.0] * 8)
+    assert candidates(asked, 9, ("taylor",)) == [
+        Origin((0, 1, 4, 7), "taylor"),
+        Origin((0, 3, 4, 7), "taylor, spread"),
+    ]
+    held = candidates(asked, 9, ("taylor",), protected=(2,))
+    assert [c.kept_blocks for c in held] == [(0, 1, 2, 4), (0, 2, 4, 7)]  # thirds of the seven others
+    assert candidates(asked, 9, ("taylor",), protected=(0, 1, 2, 3)) == [Origin((0, 1, 2, 3), "taylor")]
+
+
+@pytest.mark.parametrize(
+    ("origins", "measured", "sweeps"),
+    [
+        (("spaced", "random"), 0, False),
+        (("taylor", "magnitude_l1", "magnitude_l2", "spaced"), 2, False),
+        (("loss", "random"), 0, True),
+        (("criteria",), 0, True),
+    ],
+)
+def test_a_race_measures_what_gives_it_candidates_and_no_more(origins, measured, sweeps):
+    config = Config(prune=PruneConfig(criterion="recovery_race"), race=RaceConfig(origins=origins))
+    needed = needed_criteria(config)
+    assert any(c.needs_sweep for c in needed) == sweeps
+    assert len({c.measure for c in needed if c.measure is not None}) == measured
 
 
 def test_even_spacing_of_present_blocks_goes_by_place_not_by_index():

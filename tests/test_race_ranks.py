@@ -81,7 +81,7 @@ RACE = [
 def test_a_run_that_races_keeps_the_winner_and_one_that_only_scores_is_inert(digits, tmp_path):
     one_shot = ["prune.num_checks=1", "prune.start_step=2"]
     runs = [
-        words(digits, tmp_path, "raced", *RACE, *one_shot, "score.sweep=needed", "race.origins=[spaced,random]"),
+        words(digits, tmp_path, "raced", *RACE, *one_shot, "score.sweep=needed", "race.origins=[taylor,random]"),
         words(digits, tmp_path, "scored", *RACE, "prune.score_only=true", "parallel.ds_config=zero3_fp32",
               "race.replicas=false"),
         words(digits, tmp_path, "plain", "prune.target_depth=null", "parallel.ds_config=zero3_fp32"),
@@ -95,7 +95,8 @@ def test_a_run_that_races_keeps_the_winner_and_one_that_only_scores_is_inert(dig
     [raced] = decisions["raced"]
     assert raced["kept_blocks"] == raced["race"]["winner"] and len(raced["kept_blocks"]) == 2
     assert raced["race"]["executor"] == "replicas"
-    assert list(raced["scores"]) == ["recovery_race"]  # nothing asked for the sweep
+    assert list(raced["scores"]) == ["taylor", "recovery_race"]  # nothing asked for the sweep
+    assert raced["race"]["candidates"][0]["origin"] == "taylor"
     assert losses(tmp_path / "scored") == losses(tmp_path / "plain")
     first, second = decisions["progressive"]
     assert set(first["race"]["winner"]) <= set(first["kept_blocks"]) and len(second["kept_blocks"]) == 2

@@ -27,14 +27,17 @@ def candidates(
 ) -> list[Origin]:
     """Up to `count` different keep-sets of request.target_depth blocks; a pure function of its arguments.
 
-    The first two origins take turns; random sets fill up. There are fewer where no more exist.
+    The origins take turns; random sets fill up. There are fewer where no more exist.
 
     Args:
-        origins: some of spaced, criteria, random.
+        origins: some of spaced, criteria (all whose scores are at hand), names of criteria, random.
         protected: blocks that every keep-set holds, at most target_depth.
     """
-    known = {"spaced": lambda: spaced(request, protected), "criteria": lambda: by_criterion(request, protected)}
-    in_turn = [known[o]() for o in origins if o in known]
+    in_turn = [
+        spaced(request, protected) if origin == "spaced" else by_criterion(request, protected, origin)
+        for origin in origins
+        if origin != "random"
+    ]
     listed = [c for turn in zip_longest(*in_turn) for c in turn if c is not None]
     found: dict[tuple[int, ...], str] = {}
     for kept, origin in listed:
@@ -63,16 +66,27 @@ def spaced(request: RankingRequest, protected: Sequence[int]) -> list[Origin]:
     return [Origin(_with(protected, (free[p] for p in grid)), f"spaced {i}") for i, grid in enumerate(inside)]
 
 
-def by_criterion(request: RankingRequest, protected: Sequence[int]) -> list[Origin]:
-    """The last to go by every criterion whose order the scores at hand give."""
-    found = []
+def by_criterion(request: RankingRequest, protected: Sequence[int], origin: str) -> list[Origin]:
+    """The last to go by a criterion, and those of each of target_depth equal parts of the model, one of each.
+
+    Where blocks of one kind are much alike, a criterion keeps neighbours; spread out they heal better.
+
+    Args:
+        origin: name of the criterion; "criteria" for every one whose order the scores at hand give.
+    """
+    together, spread = list[Origin](), list[Origin]()
+    target = request.target_depth - len(protected)
     for name, criterion in CRITERIA.items():
-        if criterion.races or (name not in request.scores and name != "every_other"):
+        at_hand = not criterion.races and (name in request.scores or name == "every_other")
+        if not at_hand or origin not in (name, "criteria"):
             continue
         order = [b for b in criterion.order(request) if b not in protected]
-        target = request.target_depth - len(protected)
-        found.append(Origin(_with(protected, order[len(order) - target :]), name))
-    return found
+        together.append(Origin(_with(protected, order[len(order) - target :]), name))
+        if name in request.scores:
+            free = sorted(order)
+            parts = [free[i * len(free) // target : (i + 1) * len(free) // target] for i in range(target)]
+            spread.append(Origin(_with(protected, (max(part, key=order.index) for part in parts)), f"{name}, spread"))
+    return together + spread
 
 
 def at_random(request: RankingRequest, protected: Sequence[int]) -> Iterator[Origin]:
