@@ -33,4 +33,16 @@ def test_destructors_do_not_change_the_exit_status(end, status):
 @pytest.mark.parametrize("command", ["cli.train", "cli.encode", "cli.main"])
 def test_commands_that_join_a_process_group_leave_without_destructors(command):
     source = (ROOT / "entprune_ds" / f"{command.replace('.', '/')}.py").read_text()
-    assert "    leave(main())\n" in source and "sys.exit(main())" not in source
+    assert ("    leave(main())\n" in source or "    leave(status)\n" in source) and "sys.exit(main())" not in source
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    """As `entprune-ds score --help | head -2` ends: the help is longer than a pipe holds."""
+    command = [sys.executable, "-u", "-c", "import sys; from entprune_ds.cli import main as m; "
+               "m.main = lambda: [print('x' * 999) for _ in range(999)]; m.run()"]  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 1 and "Traceback" not in said

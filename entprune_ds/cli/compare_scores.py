@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import torch
 
 from entprune_ds.config import Config
 from entprune_ds.coordinator import measuring
+from entprune_ds.importance.gradient_flow import measure_gradient_flow
 from entprune_ds.importance.leave_one_out import measure_sweep
+from entprune_ds.importance.magnitude import measure_magnitude
 from entprune_ds.importance.measuring import Measuring
 from entprune_ds.importance.parts import ModuleParts, embed
 from entprune_ds.importance.scores import Scores, score_blocks
 from entprune_ds.importance.sweep_statistics import SweepStatistics
+from entprune_ds.importance.taylor import measure_diff_pruning, measure_taylor
 from entprune_ds.models.dit import DiT
 from entprune_ds.trainer import examples_of
 
+SINGLE_ONLY: tuple[Callable[[Measuring], Scores], ...] = (
+    measure_magnitude, measure_taylor, measure_diff_pruning, measure_gradient_flow
+)  # fmt: skip
+"""Scores of single blocks besides those of a sweep."""
+
 
 def score_sets(config: Config, net: DiT, keep_sets: dict[str, list[int]]) -> dict[str, dict[str, float]]:
-    """{set: {"sum of single NAME", "NAME of the whole set"}} for every score NAME of a sweep."""
+    """{set: {"sum of single NAME", "NAME of the whole set", ...}} for every score NAME of a sweep.
+
+    The sums go over the blocks that leave; of SINGLE_ONLY there are sums alone. "unevenness" is the sum of the squared
+    gaps between the blocks that stay, both ends of the model included: the smallest for even spacing.
+    """
     kept = config.model.blocks
     singles = measure_sweep(_measuring(config, net))
+    for measure in SINGLE_ONLY:
+        singles |= measure(_measuring(config, net))
     whole = measure_sets(_measuring(config, net), list(keep_sets.values()))
     found: dict[str, dict[str, float]] = {}
     for number, (name, keep) in enumerate(keep_sets.items()):
         gone = [block for block in kept if block not in keep]
         found[name] = {f"sum of single {n}": sum(s[b].value for b in gone) for n, s in singles.items()}
         found[name] |= {f"{n} of the whole set": s[number].value for n, s in whole.items()}
+        ends = [kept[0] - 1, *sorted(keep), kept[-1] + 1]
+        found[name]["unevenness"] = float(sum((b - a) ** 2 for a, b in pairwise(ends)))
     return found
 
 

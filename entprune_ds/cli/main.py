@@ -41,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> None:
     """The installed command."""
-    leave(main())
+    try:
+        status = main()
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        status = 1
+    leave(status)
 
 
 if __name__ == "__main__":
