@@ -8,7 +8,7 @@ from typing import Any
 CRITERIA = (
     "ced", "ced_abs", "loss", "random", "every_other", "explicit",
     "mse", "ld_pruner", "flux_lite", "shortgpt",
-    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "learned", "combined", "gradient_flow",
+    "magnitude_l1", "magnitude_l2", "taylor", "diff_pruning", "spread_taylor", "learned", "combined", "gradient_flow",
     "recovery_race",
 )  # fmt: skip
 SWEEP_CRITERIA = ("ced", "ced_abs", "loss", "mse", "ld_pruner", "flux_lite", "shortgpt")

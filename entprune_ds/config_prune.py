@@ -12,8 +12,8 @@ class PruneConfig:
     """Blocks that remain at the end; null trains without pruning."""
     criterion: str = "ced"
     """Which blocks go first: ced, ced_abs, loss, mse, ld_pruner, flux_lite, shortgpt, magnitude_l1, magnitude_l2,
-    taylor, diff_pruning, gradient_flow, learned, recovery_race, random, every_other, explicit, combined, or a .py file
-    of yours: see docs/CRITERIA.md."""
+    taylor, diff_pruning, spread_taylor, gradient_flow, learned, recovery_race, random, every_other, explicit, combined,
+    or a .py file of yours: see docs/CRITERIA.md."""
     explicit_order: tuple[int, ...] = ()
     """criterion=explicit: original block indices in the order of removal."""
     combined: tuple[str, ...] = ()

@@ -139,6 +139,7 @@ def race_problems(config: Config) -> list[str]:
 ORIGINS = ("spaced", "criteria", "random")
 """Where keep-sets come from, beside criteria by name."""
 GIVE_KEEP_SETS = tuple(
-    name for name in CRITERIA if name not in ("random", "every_other", "explicit", "combined", "recovery_race")
-)
-"""Criteria with scores, which `race.origins` may name."""
+    name for name in CRITERIA
+    if name not in ("random", "every_other", "explicit", "spread_taylor", "combined", "recovery_race")
+)  # fmt: skip
+"""Criteria with scores, which `race.origins` may name; each gives a set that weighs them against even spacing, too."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from entprune_ds.importance.evenness import even_keep_set
 from entprune_ds.importance.gradient_flow import measure_gradient_flow
 from entprune_ds.importance.learned import measure_learned
 from entprune_ds.importance.magnitude import measure_magnitude
@@ -150,6 +151,14 @@ def by_learned_gates(request: RankingRequest) -> list[int]:
     return sorted(request.kept_blocks, key=lambda b: (mask[b].value, kept[b].value, -b))
 
 
+def spread_taylor(request: RankingRequest) -> list[int]:
+    """Blocks outside the even keep-set of the Diff-Pruning scores first; on both sides the lowest score first."""
+    lowest_first = lowest_score_first("diff_pruning")(request)
+    values = {b: request.scores["diff_pruning"][b].value for b in request.kept_blocks}
+    stay = even_keep_set(values, min(request.target_depth, len(values)))
+    return sorted(lowest_first, key=stay.__contains__)
+
+
 def rank_average(request: RankingRequest) -> list[int]:
     """By the weighted sum of the places that the members of a combination give each block."""
     places = {block: 0.0 for block in request.kept_blocks}
@@ -220,6 +229,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude_l2": Criterion(lowest_score_first("magnitude_l2"), measure_magnitude),
     "taylor": Criterion(lowest_score_first("taylor"), measure_taylor),
     "diff_pruning": Criterion(lowest_score_first("diff_pruning"), measure_diff_pruning),
+    "spread_taylor": Criterion(spread_taylor, measure_diff_pruning),
     "learned": Criterion(by_learned_gates, measure_learned),
     "combined": Criterion(rank_average),
     "gradient_flow": Criterion(highest_score_first("gradient_flow"), measure=measure_gradient_flow),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 
 from entprune_ds.importance.criteria import CRITERIA, RankingRequest
+from entprune_ds.importance.evenness import even_keep_set
 from entprune_ds.rng import generator_for
 
 
@@ -67,9 +68,7 @@ def spaced(request: RankingRequest, protected: Sequence[int]) -> list[Origin]:
 
 
 def by_criterion(request: RankingRequest, protected: Sequence[int], origin: str) -> list[Origin]:
-    """The last to go by a criterion, and those of each of target_depth equal parts of the model, one of each.
-
-    Where blocks of one kind are much alike, a criterion keeps neighbours; spread out they heal better.
+    """The last to go by a criterion, and the keep-set that weighs its order against even spacing, one of each.
 
     Args:
         origin: name of the criterion; "criteria" for every one whose order the scores at hand give.
@@ -83,9 +82,9 @@ def by_criterion(request: RankingRequest, protected: Sequence[int], origin: str)
         order = [b for b in criterion.order(request) if b not in protected]
         together.append(Origin(_with(protected, order[len(order) - target :]), name))
         if name in request.scores:
-            free = sorted(order)
-            parts = [free[i * len(free) // target : (i + 1) * len(free) // target] for i in range(target)]
-            spread.append(Origin(_with(protected, (max(part, key=order.index) for part in parts)), f"{name}, spread"))
+            places = {b: float(place) for place, b in enumerate(order)}
+            even = even_keep_set(places, target) if target else ()
+            spread.append(Origin(_with(protected, even), f"{name}, spread"))
     return together + spread
 
 
@@ -99,5 +98,5 @@ def at_random(request: RankingRequest, protected: Sequence[int]) -> Iterator[Ori
         number += 1
 
 
-def _with(protected: Sequence[int], blocks: Iterator[int] | list[int]) -> tuple[int, ...]:
+def _with(protected: Sequence[int], blocks: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted({*protected, *blocks}))

@@ -36,6 +36,7 @@ MEANINGS = {
     "magnitude_l2": "Euclidean norm of the weights of the block; small goes first",
     "taylor": "sum of |weight x gradient of the loss| over the block; small goes first",
     "diff_pruning": "as taylor, of the sum of the losses at the times that are not nearly solved; small goes first",
+    "spread_taylor": "diff_pruning weighed against even spacing: what lies outside the best such set goes first",
     "learned": "probability to be kept, learned together with LoRA; blocks outside the likeliest masks go first",
     "combined": "weighted average of the places that other criteria give",
 }

@@ -1,0 +1,54 @@
+"""Keep-sets that weigh the scores of blocks against even spacing.
+
+Blocks of one kind are often neighbours, so a score alone keeps a cluster and leaves a long part of the model without
+any. The value of a keep-set b_1 < ... < b_k of L blocks is
+
+    sum_i z(b_i) - weight * sum_i (gap_i / mean gap)^2
+
+with z the scores, standardised over the present blocks, and gap_0 ... gap_k the distances between neighbours and to
+both ends of the model. The sum over gaps is smallest for even spacing. The best set is a longest path, found exactly.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+WEIGHT = 1.0
+"""Weight of the gaps, in standard deviations of the scores (docs/LOG.md, 2026-11-22: what predicts healing)."""
+
+
+def even_keep_set(values: Mapping[int, float], target_depth: int, weight: float = WEIGHT) -> tuple[int, ...]:
+    """The keep-set of the largest value, sorted; of equal ones that with the lower indices. Pure.
+
+    Args:
+        values: score of each present block, by original index; high stays.
+        target_depth: blocks that stay, from 1 to all.
+        weight: of the gaps; 0 keeps the highest scores wherever they lie.
+
+    Raises:
+        ValueError: when so many blocks are not present.
+    """
+    blocks = sorted(values)
+    if not 1 <= target_depth <= len(blocks):
+        raise ValueError(f"{target_depth} of {len(blocks)} blocks cannot stay.")
+    mean, spread = statistics.fmean(values.values()), statistics.pstdev(values.values())
+    z = [(values[b] - mean) / spread if spread else 0.0 for b in blocks]
+    low, high = blocks[0] - 1, blocks[-1] + 1
+    mean_gap = (high - low) / (target_depth + 1)
+
+    def gap(a: int, b: int) -> float:
+        return weight * ((b - a) / mean_gap) ** 2
+
+    # paths[i]: value and places of the best set so far that ends with block i, which has one block more in every round
+    paths: dict[int, tuple[float, tuple[int, ...]]] = {i: (z[i] - gap(low, b), (i,)) for i, b in enumerate(blocks)}
+    for _ in range(target_depth - 1):
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for i, b in enumerate(blocks):
+            steps = [(value - gap(blocks[j], b), places) for j, (value, places) in paths.items() if j < i]
+            if steps:
+                value, places = max(steps, key=lambda step: step[0])
+                longer[i] = (value + z[i], (*places, i))
+        paths = longer
+    ends = [(value - gap(blocks[i], high), places) for i, (value, places) in paths.items()]
+    return tuple(blocks[i] for i in max(ends, key=lambda end: end[0])[1])
