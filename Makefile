@@ -7,7 +7,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-COMPARED := ced,ced_abs,loss,shortgpt,ld_pruner,taylor,random,every_other,gradient_flow,learned,recovery_race
+COMPARED := ced,ced_abs,loss,shortgpt,ld_pruner,taylor,diff_pruning,random,every_other,gradient_flow,learned,spread_taylor,recovery_race
 STUDIES := criteria,subsets,schedule,estimators,distill,sampling,depth
 
 .PHONY: install demo compare test test-full lint clean

@@ -131,7 +131,7 @@ def test_a_comparison_leaves_tables_and_figures(compared):
     for title in ("equal total compute", "at 40 optimizer steps", "Memorisation", "predicts the FID"):
         assert title in markdown, title
     singles = [f"sum of single {name}" for name in ("ced", "taylor", "magnitude_l2", "gradient_flow")]
-    for score in (*singles, "ced of the whole set", "unevenness", "validation loss after 5 steps"):
+    for score in (*singles, "ced of the whole set", "taylor, spread", "unevenness", "validation loss after 5 steps"):
         assert f"| {score} | 6 |" in markdown, score  # three random sets and those of three criteria
     assert {p.name for p in compared.glob("*.png")} == {"criteria_fid.png", "damage_fid.png", "subsets.png"}
     assert (compared / "compare.tex").read_text().count(r"\\") == 4

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from entprune_ds.config import load_config
 from entprune_ds.importance.criteria import removal_order
-from entprune_ds.importance.evenness import even_keep_set
+from entprune_ds.importance.evenness import even_keep_set, keep_set_value
 from entprune_ds.importance.scores import Score
 
 
@@ -36,6 +36,7 @@ def test_no_other_keep_set_has_a_larger_value(data):
     best = max(value(keep, values, weight) for keep in itertools.combinations(blocks, target))
     assert list(found) == sorted(set(found)) and len(found) == target and set(found) <= set(blocks)
     assert value(found, values, weight) == pytest.approx(best, abs=1e-9)
+    assert keep_set_value(found, values, weight) == pytest.approx(value(found, values, weight), abs=1e-9)
 
 
 def test_its_ends_scores_alone_and_even_spacing_alone():

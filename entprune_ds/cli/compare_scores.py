@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 
 from entprune_ds.config import Config
 from entprune_ds.coordinator import measuring
+from entprune_ds.importance.evenness import keep_set_value
 from entprune_ds.importance.gradient_flow import measure_gradient_flow
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.magnitude import measure_magnitude
@@ -29,8 +29,9 @@ SINGLE_ONLY: tuple[Callable[[Measuring], Scores], ...] = (
 def score_sets(config: Config, net: DiT, keep_sets: dict[str, list[int]]) -> dict[str, dict[str, float]]:
     """{set: {"sum of single NAME", "NAME of the whole set", ...}} for every score NAME of a sweep.
 
-    The sums go over the blocks that leave; of SINGLE_ONLY there are sums alone. "unevenness" is the sum of the squared
-    gaps between the blocks that stay, both ends of the model included: the smallest for even spacing.
+    The sums go over the blocks that leave; of SINGLE_ONLY there are sums alone. "NAME, spread" is what the keep-set is
+    worth by the scores of its blocks against even spacing (importance/evenness.py), "unevenness" what it is worth by
+    its spacing alone, both with their signs turned: of all scores here the low ones are good.
     """
     kept = config.model.blocks
     singles = measure_sweep(_measuring(config, net))
@@ -42,8 +43,9 @@ def score_sets(config: Config, net: DiT, keep_sets: dict[str, list[int]]) -> dic
         gone = [block for block in kept if block not in keep]
         found[name] = {f"sum of single {n}": sum(s[b].value for b in gone) for n, s in singles.items()}
         found[name] |= {f"{n} of the whole set": s[number].value for n, s in whole.items()}
-        ends = [kept[0] - 1, *sorted(keep), kept[-1] + 1]
-        found[name]["unevenness"] = float(sum((b - a) ** 2 for a, b in pairwise(ends)))
+        for n, s in singles.items():
+            found[name][f"{n}, spread"] = -keep_set_value(sorted(keep), {b: s[b].value for b in kept})
+        found[name]["unevenness"] = -keep_set_value(sorted(keep), dict.fromkeys(kept, 0.0))
     return found
 
 

@@ -12,10 +12,32 @@ both ends of the model. The sum over gaps is smallest for even spacing. The best
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 WEIGHT = 1.0
 """Weight of the gaps, in standard deviations of the scores (docs/LOG.md, 2026-11-22: what predicts healing)."""
+
+
+def keep_set_value(keep: Sequence[int], values: Mapping[int, float], weight: float = WEIGHT) -> float:
+    """What a keep-set is worth, by the formula above.
+
+    Args:
+        keep: some of the blocks, sorted.
+        values: score of each present block, by original index; high stays.
+        weight: of the gaps.
+    """
+    ends = [min(values) - 1, *keep, max(values) + 1]
+    mean_gap = (ends[-1] - ends[0]) / (len(keep) + 1)
+    gaps = sum(((b - a) / mean_gap) ** 2 for a, b in pairwise(ends))
+    z = standardised(values)
+    return sum(z[b] for b in keep) - weight * gaps
+
+
+def standardised(values: Mapping[int, float]) -> dict[int, float]:
+    """Values less their mean, over their standard deviation; 0 where all are equal."""
+    mean, spread = statistics.fmean(values.values()), statistics.pstdev(values.values())
+    return {b: (v - mean) / spread if spread else 0.0 for b, v in values.items()}
 
 
 def even_keep_set(values: Mapping[int, float], target_depth: int, weight: float = WEIGHT) -> tuple[int, ...]:
@@ -32,8 +54,8 @@ def even_keep_set(values: Mapping[int, float], target_depth: int, weight: float 
     blocks = sorted(values)
     if not 1 <= target_depth <= len(blocks):
         raise ValueError(f"{target_depth} of {len(blocks)} blocks cannot stay.")
-    mean, spread = statistics.fmean(values.values()), statistics.pstdev(values.values())
-    z = [(values[b] - mean) / spread if spread else 0.0 for b in blocks]
+    of_block = standardised(values)
+    z = [of_block[b] for b in blocks]
     low, high = blocks[0] - 1, blocks[-1] + 1
     mean_gap = (high - low) / (target_depth + 1)
 
