@@ -5,7 +5,7 @@ from __future__ import annotations
 from entprune_ds.config_checks_prune import CRITERIA
 from entprune_ds.config_schema import Config
 
-STUDIES = ("criteria", "subsets", "schedule", "estimators", "distill", "sampling", "depth")
+STUDIES = ("criteria", "subsets", "schedule", "estimators", "distill", "sampling", "depth", "bases")
 NOT_COMPARED = ("explicit", "combined")
 """Criteria that need settings of their own, and are compared only when they are named."""
 
@@ -23,7 +23,7 @@ def compare_problems(config: Config) -> list[str]:
         found.append(f"`compare.study` must be among {', '.join(STUDIES)}, got {', '.join(unknown) or 'nothing'}.")
     if not compare.seeds or min(compare.seeds) < 0:
         found.append(f"`compare.seeds` must be one or more numbers of at least 0, got {list(compare.seeds)}.")
-    for key in ("criteria", "seeds", "study", "estimators", "recoveries", "depths", "sampling_steps"):
+    for key in ("criteria", "seeds", "study", "estimators", "recoveries", "depths", "sampling_steps", "bases"):
         values = getattr(compare, key)
         if len(set(values)) < len(values):
             found.append(f"`compare.{key}` names something twice: {list(values)}.")
@@ -53,7 +53,12 @@ def _study_problems(config: Config) -> list[str]:
         found.append(message + f"(`compare.num_checks`), got {compare.phase} of {compare.recovery_steps}.")
     if not 0 < compare.phase <= 1:
         found.append(f"`compare.phase` must lie in (0, 1], got {compare.phase}.")
-    for study, key in (("estimators", "estimators"), ("distill", "recoveries"), ("depth", "depths")):
+    if compare.bases and (min(compare.bases) < 0 or compare.seeds[0] in compare.bases):
+        message = f"`compare.bases` must be seeds of at least 0 other than {compare.seeds[0]}, the common base's, "
+        found.append(message + f"got {list(compare.bases)}.")
+    for study, key in (
+        ("estimators", "estimators"), ("distill", "recoveries"), ("depth", "depths"), ("bases", "bases")
+    ):  # fmt: skip
         if study in compare.study and not getattr(compare, key):
             found.append(f"`compare.{key}` is empty, but `compare.study` asks for {study}. Name what to compare.")
     if "sampling" in compare.study and "criteria" not in compare.study:

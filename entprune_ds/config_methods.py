@@ -143,8 +143,8 @@ class CompareConfig:
     random_sets: int = 3
     """criterion random: so many different keep-sets, each trained with every seed."""
     study: tuple[str, ...] = ("criteria",)
-    """What to compare: criteria, subsets, schedule, estimators, distill, sampling, depth; prune.criterion is the one
-    criterion of schedule, distill and depth."""
+    """What to compare: criteria, subsets, schedule, estimators, distill, sampling, depth, bases; prune.criterion is the
+    one criterion of schedule, distill and depth."""
     subsets: int = 30
     """study subsets: random keep-sets; those of the criteria (first seed) join them."""
     long_steps: int = 600
@@ -163,6 +163,8 @@ class CompareConfig:
     """study sampling: sampler steps with which the rows of the first seed are sampled."""
     depths: tuple[int, ...] = ()
     """study depth: further target depths."""
+    bases: tuple[int, ...] = ()
+    """study bases: seeds of further bases, trained here like the first; every criterion prunes each of them once."""
     workers: int = 2
     """Processes that train rows, one thread each; several commands may share the folder besides."""
     out: str = "runs/compare"

@@ -35,8 +35,9 @@ from entprune_ds.cli.compare_text import (
     sampling_table,
     standing,
 )
-from entprune_ds.cli.compare_worker import attempt, failure_path, log_path
+from entprune_ds.cli.compare_worker import attempt, base_config, failure_path, log_path
 from entprune_ds.config import Config, ModelConfig, load_config, problems_of
+from entprune_ds.config_checks_compare import compare_problems
 from entprune_ds.evaluation.compare import difference, mean_of, rank_correlations
 from entprune_ds.evaluation.memorisation import memorisation, nearest_distances
 from entprune_ds.mac_counter import MacCounter, counted
@@ -158,6 +159,38 @@ def test_a_fixed_schedule_leaves_the_vote_no_choice_and_one_shot_is_the_criterio
     assert soft.soft.every == 3 and removals(soft)[-1] == 75 and removals(fixed) == [0, 18, 37, 56]
     one = row_config(config, criteria.contestants["ced"][0], BASE, Path("out"))
     assert (one.prune.num_checks, one.prune.ntk_samples) == (1, 2)
+
+
+def test_further_bases_are_pruned_once_each_with_their_own_seed_and_come_last():
+    config = settings("compare.study=[criteria,bases]", "compare.bases=[7,5]", "compare.random_sets=1")
+    criteria, bases = studies(config, BASE)
+    rows = rows_of([criteria, bases])
+    assert [row.name for row in rows[-6:]] == [f"{c}-b{b}" for b in (5, 7) for c in ("ced", "random_1", "every_other")]
+    assert list(bases.contestants) == list(criteria.contestants)
+    for name, (first, *further) in bases.contestants.items():
+        assert first == criteria.contestants[name][0]
+        assert [(row.seed, row.base) for row in further] == [(7, 7), (5, 5)]
+        for row in further:
+            made = row_config(config, row, BASE, Path("out"))
+            assert made.model == replace(BASE, weights=f"out/base_{row.base}/model") and made.run.seed == row.base
+    for row in criteria.contestants["ced"]:
+        assert row_config(config, row, BASE, Path("out")).model == BASE
+    trained = base_config(config, 7)
+    assert (trained.run.name, trained.run.seed, trained.run.root) == ("base_7", 7, config.compare.out)
+    same = replace(trained, run=base_config(config).run)
+    assert same == base_config(config)  # but for name and seed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("compare.bases=[0]",), "`compare.bases` must be seeds of at least 0 other than 0"),
+        (("compare.bases=[3,3]",), "`compare.bases` names something twice"),
+        (("compare.study=[bases]",), "`compare.bases` is empty, but `compare.study` asks for bases"),
+    ],
+)
+def test_impossible_further_bases_are_refused(words, said):
+    assert any(said in problem for problem in compare_problems(settings(*words)))
 
 
 def test_a_result_of_other_settings_has_another_digest_paths_and_workers_do_not_count():

@@ -41,6 +41,8 @@ class Row:
     """Whether it is trained and measured to compare.long_steps too."""
     samplings: tuple[int, ...] = ()
     """Sampler steps with which it is sampled besides."""
+    base: int | None = None
+    """Seed of the further base from which it starts; None for the common one."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,16 @@ def studies(config: Config, model: ModelConfig) -> list[Study]:
     """
     makers = {
         "criteria": _criteria, "subsets": _subsets, "schedule": _schedule, "estimators": _estimators,
-        "distill": _distill, "depth": _depth,
+        "distill": _distill, "depth": _depth, "bases": _bases,
     }  # fmt: skip
     return [Study(name, makers[name](config, model)) for name in config.compare.study if name in makers]
 
 
 def rows_of(found: list[Study]) -> list[Row]:
-    """Every row once, with all that any study asks of it; seed by seed, so that what is cut short is even."""
+    """Every row once, with all that any study asks of it; seed by seed, so that what is cut short is even.
+
+    Rows of further bases come last: these are trained meanwhile.
+    """
     rows: dict[str, Row] = {}
     for row in (row for study in found for rows in study.contestants.values() for row in rows):
         other = rows.get(row.name, row)
@@ -82,7 +87,7 @@ def rows_of(found: list[Study]) -> list[Row]:
         rows[row.name] = replace(
             row, probes=row.probes or other.probes, samplings=samplings, long=row.long or other.long
         )
-    return sorted(rows.values(), key=lambda row: row.seed)
+    return sorted(rows.values(), key=lambda row: (row.base is not None, row.seed))
 
 
 def _criteria(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
@@ -183,6 +188,20 @@ def _depth(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     return found
 
 
+def _bases(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
+    """Every criterion from every base: the first seed's rows of the criteria, and one row for each further base."""
+    found = {}
+    for name, (first, *_) in _criteria(config, model).items():
+        plain = replace(first, probes=(), long=False, samplings=())
+        found[name] = [first] + [replace(plain, name=f"{name}-b{b}", seed=b, base=b) for b in config.compare.bases]
+    return found
+
+
+def further_base(out: Path, seed: int) -> Path:
+    """Folder of a further base's model."""
+    return out / f"base_{seed}" / "model"
+
+
 def row_config(config: Config, row: Row, model: ModelConfig, out: Path) -> Config:
     """The settings of a row's training, up to compare.recovery_steps.
 
@@ -196,6 +215,8 @@ def row_config(config: Config, row: Row, model: ModelConfig, out: Path) -> Confi
         ValueError: naming a setting of the row that does not exist.
     """
     steps = config.compare.recovery_steps
+    if row.base is not None:
+        model = replace(model, weights=str(further_base(out, row.base)))
     common = replace(
         config, model=model,
         run=replace(config.run, name=row.name, root=str(out / "rows"), seed=row.seed),

@@ -23,6 +23,7 @@ TITLES = {
     "estimators": "Entropy estimators",
     "distill": "With and without a teacher",
     "depth": "Other depths",
+    "bases": "Other bases, one row on each",
 }
 
 
@@ -101,6 +102,7 @@ def document(
         if rows.get(name):
             table = text.markdown_table(*text.figure_cells(rows[name], base))
             parts += [f"## {title}", table, text.standing(rows[name])]
+            parts += [text.margins(rows[name], config.prune.criterion)] if name == "bases" else []
             if compare.equal_compute and name != "depth":
                 parts += [text.over_budget(rows[name])]
                 equal = at_equal_steps(rows[name])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from entprune_ds.cli.compare_estimate import WORKER_SECONDS, correction, measure_pace, row_seconds
-from entprune_ds.cli.compare_plan import Row
+from entprune_ds.cli.compare_plan import Row, further_base
 from entprune_ds.cli.compare_row import missing, read_result
 from entprune_ds.cli.compare_worker import base_path
 from entprune_ds.config import Config, ModelConfig
@@ -31,6 +31,12 @@ def show_plan(config: Config, model: ModelConfig, rows: Sequence[Row]) -> dict[s
     if not base_path(config).is_dir():
         base = compare.base_steps * pace.step(len(model.blocks)) * 0.6  # all cores
         print(f"  base of depth {len(model.blocks)}: {compare.base_steps} steps, about {base:.0f} s")
+    seeds = {row.base for row in rows if row.base is not None}
+    further = [seed for seed in seeds if not further_base(out, seed).is_dir()]
+    if further:
+        each = compare.base_steps * pace.step(len(model.blocks))
+        print(f"  {len(further)} further bases, {compare.base_steps} steps, about {each:.0f} s each")
+        left += each * len(further)
     wall = base + left / compare.workers + WORKER_SECONDS
     how = "from the rows that are done" if done else "from a step and a pass timed now; a measure of its own as a sweep"
     text = f"{len(rows)} rows, {len(done)} done; about {wall / 60:.0f} min with {compare.workers} workers of one thread"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,21 +14,23 @@ from pathlib import Path
 
 from entprune_ds import comm
 from entprune_ds.atomic import write_text
-from entprune_ds.cli.compare_plan import Row, rows_of, studies
+from entprune_ds.cli.compare_plan import Row, further_base, rows_of, studies
 from entprune_ds.cli.compare_row import Bench, missing, open_bench, read_result, run_base, run_row
 from entprune_ds.config import Config
 from entprune_ds.locks import FolderBusy, locked
+from entprune_ds.trainer import train
 
 Say = Callable[[str, str], None]
 """say(event, row): tells the parent what this worker does."""
 
 
-def base_config(config: Config) -> Config:
-    """Settings of the base that the comparison trains."""
+def base_config(config: Config, further: int | None = None) -> Config:
+    """Settings of the base that the comparison trains, or of a further one with a seed of its own."""
     compare = config.compare
+    name, seed = ("base", compare.seeds[0]) if further is None else (f"base_{further}", further)
     return replace(
         config,
-        run=replace(config.run, name="base", root=compare.out, seed=compare.seeds[0]),
+        run=replace(config.run, name=name, root=compare.out, seed=seed),
         model=replace(config.model, depth=compare.base_depth, kept_blocks=None, block_widths=(), weights=""),
         train=replace(config.train, num_steps=compare.base_steps, stop_step=None),
         prune=replace(config.prune, target_depth=None), monitor=replace(config.monitor, wandb=False),
@@ -54,8 +57,6 @@ def work(config: Config, part: str) -> None:
     comm.init(config.run.timeout_seconds)  # once: each training joins it
     out, say = Path(config.compare.out), _announcer()
     if part == "base":
-        from entprune_ds.trainer import train
-
         say("start", "base")
         with locked(out / "locks" / "base", "`compare.out`"), _into(log_path(out, "base")):
             if not base_path(config).is_dir():
@@ -64,8 +65,22 @@ def work(config: Config, part: str) -> None:
         return
     bench = open_bench(config, out, base_path(config))
     attempt(out, "base", lambda: run_base(bench), lambda: "latency_ms" not in read_result(out, "base"), say)
-    for row in rows_of(studies(config, bench.model)):
+    rows = rows_of(studies(config, bench.model))
+    for seed in dict.fromkeys(row.base for row in rows if row.base is not None):
+        _further_base(bench, seed, say)
+    for row in rows:
+        while row.base is not None and not _further_base(bench, row.base, say):
+            time.sleep(1)  # another worker trains it
         attempt(out, row.name, _task(bench, row), _unfinished(bench, row), say)
+
+
+def _further_base(bench: Bench, seed: int, say: Say) -> bool:
+    """Train a further base, unless another worker does; returns whether it is there, or has failed."""
+    name, path = f"base_{seed}", further_base(bench.out, seed)
+    settings = base_config(bench.config, seed)
+    settings = replace(settings, model=replace(bench.model, weights=""))  # the architecture of the common base
+    attempt(bench.out, name, lambda: train(settings, []), lambda: not path.is_dir(), say)
+    return path.is_dir() or failure_path(bench.out, name).is_file()
 
 
 def _task(bench: Bench, row: Row) -> Callable[[], None]:
