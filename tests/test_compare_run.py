@@ -168,7 +168,8 @@ def test_a_row_is_what_the_ordinary_command_trains_with_its_settings(place, comp
 @pytest.mark.timeout(1500)
 def test_every_other_study_runs_over_the_trainer(place):
     words = [w for w in command(place, "criteria=[ced,every_other]", "seeds=[0]") if not w.startswith("out=")]
-    words += [f"out={place / 'studies'}", "study=[criteria,schedule,estimators,distill,sampling,depth]",
+    words += [f"out={place / 'studies'}", "study=[criteria,schedule,estimators,distill,sampling,depth,bases]",
+              "compare.bases=[9]", "compare.base_steps=30",
               "compare.estimators=[per_element,scalar]", "compare.recoveries=[none,output]", "compare.depths=[4]",
               "compare.sampling_steps=[2,3]", "compare.equal_compute=false"]  # fmt: skip
     finish(start(words))
@@ -182,6 +183,10 @@ def test_every_other_study_runs_over_the_trainer(place):
     assert by_name["output"]["macs_training"] > 1.3 * by_name["none"]["macs_training"]  # the teacher's passes count
     assert len(by_name["depth 4"]["kept_blocks"]) == 4 and len(by_name["gradient flow, soft"]["kept_blocks"]) <= 3
     assert by_name["progressive, fixed"]["depths"] == [5, 4, 3] and by_name["one_shot"]["depths"] == [3]
+    assert [(r["criterion"], r["seed"]) for r in studies["bases"]] == [
+        (criterion, seed) for criterion in ("ced", "every_other") for seed in (0, 9)
+    ]
+    assert (place / "studies" / "base_9" / "model" / "config.json").is_file()
     markdown = (place / "studies" / "compare.md").read_text()
     for title in (
         "One-shot, fixed",
@@ -189,6 +194,7 @@ def test_every_other_study_runs_over_the_trainer(place):
         "With and without a teacher",
         "Sampler steps",
         "Other depths",
+        "Other bases",
     ):
         assert f"## {title}" in markdown, title
 
