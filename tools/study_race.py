@@ -24,6 +24,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from entprune_ds.cli.compare_scores import score_sets
 from entprune_ds.config import Config, DataConfig, PruneConfig, RaceConfig, RunConfig, ScoreConfig, TrainConfig
 from entprune_ds.coordinator import measuring
 from entprune_ds.data.stream import first_examples
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument(
         "--reuse", type=Path, help="JSON of an earlier study of the same keep-sets: its long recoveries"
     )
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="short recoveries to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write everything there")
     args = parser.parse_args()
@@ -237,8 +239,11 @@ def main() -> None:
 
     now = time.perf_counter()
     zero = timed("without steps", without_steps(config, state, sets, judge), now)
+    now = time.perf_counter()
+    of_sets = score_sets(config, model, {str(i): list(c.kept_blocks) for i, c in enumerate(sets)})
+    zero |= timed("scores", {n: [scores[n] for scores in of_sets.values()] for n in of_sets["0"]}, now)
     curves = {}
-    for way in WAYS:
+    for way in args.ways:
         now = time.perf_counter()
         curves[way] = timed(way, short_curves(config, state, sets, judge, way), now)
     now = time.perf_counter()
@@ -259,7 +264,7 @@ def main() -> None:
     raced = [row for way, of_way in curves.items() for row in replays(way, of_way, final)]
     print(f"{len(sets)} keep-sets, depth {config.model.depth} -> {args.target_depth}; Spearman with the final loss")
     for name, rho in rows.items():
-        print(f"  {name:32s} {rho:6.3f}")
+        print(f"  {name:36s} {rho:6.3f}")
     for way, of_way in table.items():
         for count, rhos in of_way.items():
             print(
