@@ -8,7 +8,7 @@ export PATH := $(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
 COMPARED := ced,ced_abs,loss,shortgpt,ld_pruner,taylor,diff_pruning,random,every_other,gradient_flow,learned,spread_taylor,recovery_race
-STUDIES := criteria,subsets,schedule,estimators,distill,sampling,depth
+STUDIES := criteria,subsets,schedule,estimators,distill,sampling,depth,bases
 
 .PHONY: install demo compare test test-full lint clean
 
