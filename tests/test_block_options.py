@@ -17,6 +17,7 @@ def numbers(losses: list[str]) -> list[float]:
 @pytest.mark.parametrize(
     ("zero_stage", "dtype"), [(3, "fp32"), *(pytest.param(*row, marks=FULL) for row in ((1, "fp32"), (3, "bf16")))]
 )
+@pytest.mark.full
 def test_activation_checkpointing_changes_nothing_under_zero(zero_stage, dtype):
     plain, checkpointed = (
         run_ranks("tests.workers.resize:options", 2, zero_stage=zero_stage, dtype=dtype, activation_checkpointing=on)

@@ -282,6 +282,7 @@ RESUMES = [
 
 
 @pytest.mark.parametrize(("ds_config", "stages"), RESUMES)
+@pytest.mark.full
 def test_a_distilled_run_resumes_exactly_and_another_teacher_is_refused(digits, tmp_path, ds_config, stages):
     path = tiny_teacher(tmp_path / "teacher")
     more = ["distill.kind=features", f"parallel.ds_config={ds_config}", f"parallel.pipe_stages={stages}",

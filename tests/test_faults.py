@@ -167,6 +167,7 @@ def test_a_shard_that_breaks_while_training_ends_the_job_with_its_name(digits, t
     assert "the same command resumes from it" in text
 
 
+@pytest.mark.full
 def test_data_that_is_bad_from_the_start_for_one_rank_ends_all_with_one_message(digits, tmp_path):
     """Rank 1 finds no sound example in its first pass; rank 0, whose data are sound, hears of it at the same batch."""
     data = tmp_path / "data"
@@ -235,6 +236,7 @@ def test_a_disk_that_fills_while_training_costs_only_the_steps_since_the_checkpo
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.full
 def test_a_model_that_diverges_between_two_log_lines_is_not_saved(digits, tmp_path):
     more = ["train.learning_rate=1e30", "train.grad_clip=0", "monitor.log_every=100", "prune.target_depth=null"]
     process = launch(words(digits, tmp_path, "run", *more, "parallel.ds_config=zero0_fp32"), tmp_path / "log")
@@ -245,6 +247,7 @@ def test_a_model_that_diverges_between_two_log_lines_is_not_saved(digits, tmp_pa
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_another_model_is_refused_with_the_parameters(digits, tmp_path):
     run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "a", "train.num_steps=8")])
     config = tmp_path / "a" / "config.yaml"
@@ -256,6 +259,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_parameters(digits, tm
     assert "blocks." in text
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_a_newer_version_is_refused_by_all_ranks_and_stays(digits, tmp_path):
     run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "a", "train.num_steps=8")])
     manifest = tmp_path / "a" / "checkpoints" / "step_00000008" / "manifest.json"
@@ -275,6 +279,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_by_all_ranks_and_stays(digit
         pytest.param("parallel.pipe_stages=2", "has no PipelineEngine.gone_in_a_later_version.", marks=FULL),
     ],
 )
+@pytest.mark.full
 def test_a_deepspeed_without_what_we_rely_on_is_one_error_on_all_ranks(digits, tmp_path, more, lacks):
     arguments, log = words(digits, tmp_path, "other", *more.split()), tmp_path / "log"
     process = launch(arguments, log, module="tests.workers.other_deepspeed")
@@ -321,6 +326,7 @@ def as_started(whole: Path, run: Path) -> None:
         *(pytest.param("resize", v, "parallel.pipe_stages=2", marks=FULL) for v in (0, 1)),
     ],
 )
+@pytest.mark.full
 def test_a_rank_killed_in_the_middle_of_something_costs_nothing_but_time(
     digits, tmp_path, undisturbed_with, monkeypatch, point, victim, more
 ):

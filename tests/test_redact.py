@@ -72,6 +72,7 @@ def test_the_target_of_a_redirection_is_not_shown(tmp_path, monkeypatch):
     assert "file://h/x?k=***" in str(caught.value) and SECRET not in str(caught.value)
 
 
+@pytest.mark.full
 def test_a_run_whose_data_need_a_token_stores_it_nowhere_and_resumes(digits, tmp_path):
     """A whole training with W&B offline: not one byte of the folder or of the output holds the token."""
     with serving(Server(f"{digits}/train")) as server:

@@ -19,6 +19,7 @@ TOPOLOGIES = [(3, 1), *(pytest.param(*t, marks=FULL) for t in ((1, 1), (2, 1), (
 @pytest.mark.parametrize(
     "ds_config", [pytest.param(name, marks=() if name == "zero1_fp32" else FULL) for name in SHIPPED]
 )
+@pytest.mark.full
 def test_ten_resizes_in_one_process_leave_nothing_behind(ds_config):
     """Every resize removes a block, and tensors shrink by its state at least."""
     for ranks in run_ranks(
@@ -43,6 +44,7 @@ def written(folder: Path, zero_stage: int, **more: object) -> str:
 
 
 @pytest.mark.parametrize(("zero_stage", "pipe_stages"), TOPOLOGIES)
+@pytest.mark.full
 def test_no_tensor_is_larger_than_a_partition_or_a_block(tmp_path, zero_stage, pipe_stages):
     """Scoring and saving make none above a block, activations included: there are few examples of few tokens.
 

@@ -57,6 +57,7 @@ def test_a_rollback_undoes_a_removal_once_and_loses_nothing(digits, tmp_path, pr
     assert (run / "metrics.jsonl").read_text().startswith(before)
 
 
+@pytest.mark.full
 def test_a_rollback_to_another_schedule_makes_the_checks_of_that_schedule(digits, tmp_path, pruned):
     run = cut_after(pruned, tmp_path / "other", 12)
     other = ["prune.start_step=4", "prune.end_step=8", "prune.num_checks=1", "prune.target_depth=1"]
