@@ -154,6 +154,10 @@ def _schedule(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     for kind, changes in kinds.items():
         rows = [one_check(config, criterion, s, f"{stem}_{kind}", **progressive, **changes) for s in seeds]
         found[f"progressive, {kind}"] = rows
+    entpruner = {**progressive, "prune__vote_weights": weights["ntk_zico"]}
+    if criterion != "ced":  # the published method as a whole
+        rows = [one_check(config, "ced", s, "ced_vote_ntk_zico", **entpruner) for s in seeds]
+        found["ced, progressive, vote_ntk_zico (EntPruner)"] = rows
     soft = {"soft__every": max(1, end // SOFT_UPDATES), "soft__end_step": end, "soft__removals": min(checks, end)}
     found["gradient flow, one_shot"] = [one_check(config, "gradient_flow", s) for s in seeds]
     found["gradient flow, soft"] = [one_check(config, "gradient_flow", s, "gradient_flow_soft", **soft) for s in seeds]

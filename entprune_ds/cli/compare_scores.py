@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -31,12 +32,14 @@ def score_sets(config: Config, net: DiT, keep_sets: dict[str, list[int]]) -> dic
 
     The sums go over the blocks that leave; of SINGLE_ONLY there are sums alone. "NAME, spread" is what the keep-set is
     worth by the scores of its blocks against even spacing (importance/evenness.py), "unevenness" what it is worth by
-    its spacing alone, both with their signs turned: of all scores here the low ones are good.
+    its spacing alone, both with their signs turned, as is that of gradient_flow: low ones are good. Only signed_ced has
+    no good end, and so no spread.
     """
     kept = config.model.blocks
     singles = measure_sweep(_measuring(config, net))
     for measure in SINGLE_ONLY:
         singles |= measure(_measuring(config, net))
+    singles["gradient_flow"] = {b: replace(s, value=-s.value) for b, s in singles["gradient_flow"].items()}
     whole = measure_sets(_measuring(config, net), list(keep_sets.values()))
     found: dict[str, dict[str, float]] = {}
     for number, (name, keep) in enumerate(keep_sets.items()):
@@ -44,7 +47,8 @@ def score_sets(config: Config, net: DiT, keep_sets: dict[str, list[int]]) -> dic
         found[name] = {f"sum of single {n}": sum(s[b].value for b in gone) for n, s in singles.items()}
         found[name] |= {f"{n} of the whole set": s[number].value for n, s in whole.items()}
         for n, s in singles.items():
-            found[name][f"{n}, spread"] = -keep_set_value(sorted(keep), {b: s[b].value for b in kept})
+            if n != "signed_ced":
+                found[name][f"{n}, spread"] = -keep_set_value(sorted(keep), {b: s[b].value for b in kept})
         found[name]["unevenness"] = -keep_set_value(sorted(keep), dict.fromkeys(kept, 0.0))
     return found
 
