@@ -1,15 +1,12 @@
-"""The criterion that the settings ask for: a line of the table, a combination of lines, or a user's own file."""
+"""The criterion that the settings ask for: a line of the table, or a user's own file."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 from entprune_ds.config import PruneConfig
 from entprune_ds.importance.criteria import Criterion, find_criterion
-from entprune_ds.importance.measuring import Measuring
-from entprune_ds.importance.scores import Scores
 
 
 def chosen_criterion(prune: PruneConfig) -> Criterion:
@@ -20,24 +17,7 @@ def chosen_criterion(prune: PruneConfig) -> Criterion:
     """
     if prune.criterion.endswith(".py"):
         return load_criterion(Path(prune.criterion))
-    criterion = find_criterion(prune.criterion)
-    if prune.criterion != "combined":
-        return criterion
-    members = [find_criterion(name) for name in prune.combined_weights]
-    measures = list(dict.fromkeys(c.measure for c in members if c.measure is not None))
-
-    def measure_all(m: Measuring) -> Scores:
-        scores: Scores = {}
-        for measure in measures:
-            scores |= measure(m)
-        return scores
-
-    return replace(
-        criterion,
-        measure=measure_all,
-        needs_sweep=any(c.needs_sweep for c in members),
-        needs_entropy=any(c.needs_entropy for c in members),
-    )
+    return find_criterion(prune.criterion)
 
 
 def load_criterion(path: Path) -> Criterion:

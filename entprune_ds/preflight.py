@@ -11,6 +11,7 @@ from entprune_ds.config import Config, config_from_dict, problems_of, to_dict
 from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
+from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.importance.stack_memory import stack_problem
 from entprune_ds.interop.weights import starting_problems
 from entprune_ds.pruning.schedule import schedule_problem
@@ -94,8 +95,7 @@ def _criterion_problems(config: Config, world_size: int, trained: bool) -> list[
     if any(c.needs_entropy for c in needed) and prune.start_step == 0 and not trained:
         message = f"`prune.criterion` {prune.criterion} cannot score an untrained model at step 0. "
         found.append(message + "Give model.weights, or let the model train first: set prune.start_step.")
-    origins = config.race.origins if prune.criterion == "recovery_race" else ()
-    if "learned" in (prune.criterion, *prune.combined_weights, *origins) and config.learned.batch_size < world_size:
+    if CRITERIA["learned"] in needed and config.learned.batch_size < world_size:
         message = f"`learned.batch_size` must be at least the number of ranks ({world_size}), "
         found.append(message + f"got {config.learned.batch_size}.")
     return found

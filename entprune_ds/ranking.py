@@ -13,7 +13,7 @@ from entprune_ds import comm
 from entprune_ds.config import Config, PruneConfig
 from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.diffusion.objective import build_objective
-from entprune_ds.importance.criteria import CRITERIA, Criterion, removal_order
+from entprune_ds.importance.criteria import CRITERIA, Criterion, find_criterion, removal_order
 from entprune_ds.importance.greedy import greedy_order, greedy_scores
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.measuring import Batch, Measuring
@@ -109,8 +109,14 @@ def measure(m: Measuring, for_the_record: bool = False) -> Scores:
 
 
 def needed_criteria(config: Config) -> list[Criterion]:
-    """Criteria whose scores a check needs: the chosen one, or those that give a race its candidates."""
+    """Criteria whose scores a check needs: the chosen one, members of a combination, or what a race starts from.
+
+    Raises:
+        ValueError: when the criterion is not known, or its file does not define one.
+    """
     criterion = chosen_criterion(config.prune)
+    if config.prune.criterion == "combined":
+        return [find_criterion(name) for name in config.prune.combined_weights]
     if not criterion.races:
         return [criterion]
     named = [CRITERIA[origin] for origin in config.race.origins if origin in CRITERIA]

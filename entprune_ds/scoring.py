@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass, replace
 
 from entprune_ds import comm
+from entprune_ds.config import Config
 from entprune_ds.criterion_choice import chosen_criterion
-from entprune_ds.importance.criteria import Criterion
 from entprune_ds.importance.leave_one_out import measure_sweep
 from entprune_ds.importance.measuring import Measuring
 from entprune_ds.importance.scores import Scores
 from entprune_ds.pruning.policy import state_of
-from entprune_ds.ranking import order_of
+from entprune_ds.ranking import needed_criteria, order_of
 
 RACES = "it trains candidates, so only a training run can tell"
 
@@ -78,22 +78,22 @@ def _untold(m: Measuring, name: str) -> str:
     needed = {"explicit": "explicit_order", "combined": "combined"}.get(name)
     if needed is not None and not getattr(m.config.prune, needed):
         return f"`prune.{needed}` is not given"
-    return RACES if _criterion(m, name).races else ""
-
-
-def _criterion(m: Measuring, name: str) -> Criterion:
-    return chosen_criterion(replace(m.config.prune, criterion=name))
+    return RACES if chosen_criterion(_choosing(m, name).prune).races else ""
 
 
 def _measures(m: Measuring, name: str) -> list:
     """The measures behind a criterion; none of one that says nothing here, or looks at nothing."""
     if _untold(m, name):
         return []
-    criterion = _criterion(m, name)
-    return [f for f in (measure_sweep if criterion.needs_sweep else None, criterion.measure) if f is not None]
+    needed = needed_criteria(_choosing(m, name))
+    sweep = [measure_sweep] if any(c.needs_sweep for c in needed) else []
+    return sweep + list(dict.fromkeys(c.measure for c in needed if c.measure is not None))
 
 
 def _order(m: Measuring, name: str, scores: Scores) -> list[int]:
-    config = replace(m.config, prune=replace(m.config.prune, criterion=name))
-    state = state_of(config, m.check, 0, m.kept_blocks, len(m.kept_blocks))
+    state = state_of(_choosing(m, name), m.check, 0, m.kept_blocks, len(m.kept_blocks))
     return order_of(state, scores)
+
+
+def _choosing(m: Measuring, name: str) -> Config:
+    return replace(m.config, prune=replace(m.config.prune, criterion=name))

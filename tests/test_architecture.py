@@ -16,6 +16,7 @@ FLOORS = (
         "",
         "config",
         "config_schema",
+        "config_values",
         "config_data",
         "config_methods",
         "config_prune",

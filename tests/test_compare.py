@@ -161,6 +161,18 @@ def test_a_fixed_schedule_leaves_the_vote_no_choice_and_one_shot_is_the_criterio
     assert (one.prune.num_checks, one.prune.ntk_samples) == (1, 2)
 
 
+def test_a_study_of_another_criterion_has_the_published_method_beside_it():
+    config = settings("compare.study=[schedule]", "prune.criterion=taylor")
+    (schedule,) = studies(config, BASE)
+    voted = schedule.contestants["progressive, vote_ntk_zico"]
+    published = schedule.contestants["ced, progressive, vote_ntk_zico (EntPruner)"]
+    assert {row.name for row in published} == {f"ced_vote_ntk_zico-s{seed}" for seed in (0, 1, 2)}
+    for ours, theirs in zip(voted, published, strict=True):
+        made = [row_config(config, row, BASE, Path("out")) for row in (ours, theirs)]
+        assert [c.prune.criterion for c in made] == ["taylor", "ced"]
+        assert replace(made[0].prune, criterion="ced") == made[1].prune
+
+
 def test_further_bases_are_pruned_once_each_with_their_own_seed_and_come_last():
     config = settings("compare.study=[criteria,bases]", "compare.bases=[7,5]", "compare.random_sets=1")
     criteria, bases = studies(config, BASE)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entprune_ds.config import LearnedConfig, PruneConfig, ScoreConfig
+from entprune_ds.config import Config, LearnedConfig, PruneConfig, ScoreConfig
 from entprune_ds.coordinator import measure
 from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.importance.criteria import removal_order
 from entprune_ds.importance.measuring import Measuring
 from entprune_ds.importance.scores import Score
+from entprune_ds.ranking import needed_criteria
 from tests.reference.checks import toy_check
 from tests.reference.toys import ToyModel
 
@@ -167,7 +168,7 @@ def test_a_combination_measures_each_member_once_and_what_its_members_need(monke
     score = ScoreConfig(draws=64, batch_size=32, gradient_batches=4, gradient_batch_size=16, sweep="needed")
     m = toy_check(seven_blocks(), draw, prune=prune, score=score)
     assert set(measure(m)) == {"magnitude_l1", "magnitude_l2", "taylor"} and calls == ["draw"] * 4
-    chosen = chosen_criterion(prune)
-    assert not chosen.needs_sweep and not chosen.needs_entropy
-    chosen = chosen_criterion(PruneConfig(criterion="combined", combined=("random:1", "ced:1")))
-    assert chosen.needs_sweep and chosen.needs_entropy
+    needed = needed_criteria(Config(prune=prune))
+    assert not any(c.needs_sweep or c.needs_entropy for c in needed)
+    needed = needed_criteria(Config(prune=PruneConfig(criterion="combined", combined=("random:1", "ced:1"))))
+    assert any(c.needs_sweep for c in needed) and any(c.needs_entropy for c in needed)

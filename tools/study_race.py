@@ -105,25 +105,22 @@ def state_of_export(model: DiT) -> State:
 
 
 def short_curves(config: Config, state: State, sets: list[Origin], judge: Draws, way: str) -> Curves:
-    """Loss of every keep-set after each of SHORT steps, at the full batch after the first half of them."""
+    """Losses of every keep-set after each of SHORT steps; at the full batch after those up to half of the last."""
     share, factor = WAYS[way]
     race = replace(config.race, batch_size=share, learning_rate=config.train.learning_rate * factor)
     recovery = recovery_of(replace(config, race=race), config.run.seed, judge)
     trials = Replicas(config.model, state, recovery, 10**9, torch.float32)
-    curves: Curves = {str(count): [] for count in JUDGES}
-    for candidate in sets:
+    curves: Curves = {str(count): [[] for _ in sets] for count in JUDGES}
+    for number, candidate in enumerate(sets):
         model, optimizer = built(config.model.keeping(candidate.kept_blocks), state, config)
         for group in optimizer.param_groups:
             group["lr"] = recovery.learning_rate(0)
-        found: Curves = {count: [[]] for count in curves}
         for i, draws in enumerate(recovery.draws(0, SHORT[-1] if share < 1 else SHORT[-1] // 2), 1):
             trials.step(model, optimizer, draws)
             if i in SHORT:
                 losses = example_losses(model, recovery)
-                for count, [curve] in found.items():
-                    curve.append(losses[: int(count)].mean().item())
-        for count, [curve] in found.items():
-            curves[count].append(curve)
+                for count, of_sets in curves.items():
+                    of_sets[number].append(losses[: int(count)].mean().item())
     return curves
 
 
