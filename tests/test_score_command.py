@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 
+from entprune_ds.cli.compare_scores import score_sets
 from entprune_ds.cli.score import main
-from entprune_ds.config import ModelConfig
+from entprune_ds.config import ModelConfig, load_config
 from entprune_ds.config_checks_prune import CRITERIA
 from entprune_ds.importance.criteria import CRITERIA as TABLE
 from entprune_ds.importance.criteria import Criterion, lowest_score_first
-from entprune_ds.interop.safetensors import write_export
-from entprune_ds.interop.source import Source
+from entprune_ds.importance.parts import ModuleParts
+from entprune_ds.interop.safetensors import open_export, write_export
+from entprune_ds.interop.source import Source, loaded_model
 from entprune_ds.interop.tensors import parameter_shapes
 from entprune_ds.monitor import score_plots
 from entprune_ds.monitor.correlation import rank_correlations
 from entprune_ds.monitor.records import decision_of
 from entprune_ds.monitor.score_page import block_rows, render
+from entprune_ds.ranking import measuring
 from entprune_ds.rng import generator_for
+from entprune_ds.scoring import score_model
+from entprune_ds.trainer import examples_of
 from tests.ranks import run_ranks
 from tests.test_monitor import decision_row, picture
 from tests.test_training import words
@@ -246,3 +253,18 @@ def test_the_report_shows_correlations_the_step_time_and_what_held_a_check_back(
     assert "step time" not in decision_section(decision_of(decision_row()), 4)
     held = decision_row(dropped=(), held="the validation loss is high", candidates=[], order=[])
     assert "held back" in decision_section(decision_of(held), 4)
+
+
+def test_of_all_keep_sets_the_one_that_a_criterion_chooses_has_the_lowest_sum_of_its_scores(export, digits):
+    words = [f"model.weights={export}", f"data.shards={digits}/train", "prune.target_depth=2", *SETTINGS]
+    config = load_config(words, check=lambda config: [])
+    source = open_export(export)
+    config = replace(config, model=source.model)
+    net, kept = loaded_model(source), (0, 2, 5, 7)
+    names = ("ced", "loss", "flux_lite", "taylor", "diff_pruning", "magnitude_l1", "gradient_flow")
+    check = measuring(ModuleParts(net), kept, config, 0, examples_of(config, 0))
+    orders = {name: found.order for name, found in score_model(check, names).criteria.items()}
+    of_sets = score_sets(config, net, {str(keep): list(keep) for keep in combinations(kept, 2)})
+    for name, order in orders.items():
+        best = min(of_sets, key=lambda keep: of_sets[keep][f"sum of single {name}"])
+        assert best == str(tuple(sorted(order[2:]))), name
