@@ -66,6 +66,13 @@ def test_the_paper_faithful_method_is_that_of_the_paper():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("preset", ["digits_prune", "dit_xl2_256", "sit_xl2_256"])
+def test_the_paper_faithful_method_is_one_key_away_from_a_preset(preset):
+    assert prune(f"preset={preset}").criterion == "diff_pruning"
+    paper = prune(f"preset={preset}", "prune.method=entpruner")
+    assert (paper.criterion, paper.num_checks, paper.vote_weights) == ("ced", 4, (1, 1, 0))
+
+
 def test_an_unknown_method_is_refused_and_help_lists_what_each_stands_for():
     with pytest.raises(ConfigError, match=r"`prune.method` must be empty or one of entpruner, .*, got magic"):
         load_config(["prune.method=magic"])
