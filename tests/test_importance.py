@@ -313,6 +313,7 @@ def test_condition_number_is_invalid_when_the_kernel_is_singular():
     assert math.isclose(condition_number(rows @ rows.T), (values[0] / values[-1]).item() ** 2, rel_tol=1e-9)
     deficient = normal(6, 4)
     assert condition_number(deficient @ deficient.T) is None
+    assert condition_number(torch.tensor([1.0, 1e-16], dtype=torch.float64).diag()) is None  # positive by rounding
     assert condition_number(-torch.eye(3, dtype=torch.float64)) is None
     assert condition_number(torch.zeros(3, 3, dtype=torch.float64)) is None
     assert condition_number(torch.full((2, 2), math.nan, dtype=torch.float64)) is None
