@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from entprune_ds.config_checks_prune import CRITERIA
 from entprune_ds.config_schema import Config
 
@@ -65,7 +68,20 @@ def _study_problems(config: Config) -> list[str]:
         found.append("`compare.study`: sampling samples the rows of criteria. Add criteria.")
     if "subsets" in compare.study and "criteria" not in compare.study:
         found.append("`compare.study`: subsets are compared with the rows of criteria. Add criteria.")
-    if compare.equal_compute and config.train.lr_schedule != "constant":
+    subsets = "subsets" in compare.study
+    if (compare.equal_compute or subsets) and config.train.lr_schedule != "constant":
         message = "`train.lr_schedule` must be constant: rows are measured in the middle of their training, got "
-        found.append(f"{message}{config.train.lr_schedule}. Set it, or compare.equal_compute=false.")
-    return found
+        remedy = "compare.equal_compute=false" + (" and no subsets in compare.study" if subsets else "")
+        found.append(f"{message}{config.train.lr_schedule}. Set it, or {remedy}.")
+    if subsets and config.distill.kind == "features":
+        message = "`distill.kind` features fades out over a training, but `compare.study` subsets goes on after it. "
+        found.append(message + "Set distill.kind=output, or take subsets out.")
+    return found + _name_problems(criteria_of(config))
+
+
+def _name_problems(criteria: Sequence[str]) -> list[str]:
+    """Files of criteria that would share a row with another one."""
+    stems = [Path(criterion).stem for criterion in criteria]
+    same = [c for c in criteria if c.endswith(".py") and (stems.count(Path(c).stem) > 1 or Path(c).stem in CRITERIA)]
+    message = f"`compare.criteria`: {', '.join(same)} would be called like another criterion, whose rows they share. "
+    return [message + "Rename the files."] if same else []

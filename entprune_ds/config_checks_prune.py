@@ -42,7 +42,7 @@ def pruning_problems(config: Config) -> list[str]:
         found.append(f"`prune.vote_weights` must be at least 0 and not all 0, got {list(weights)}.")
     if prune.vote_tolerance < 0:
         found.append(f"`prune.vote_tolerance` must be at least 0, got {prune.vote_tolerance}.")
-    found += _score_problems(config) or estimator_problems(config, (*SWEEP_CRITERIA, "recovery_race"))
+    found += _score_problems(config) or estimator_problems(config, SWEEP_CRITERIA)
     found += [*method_problems(config), *soft_problems(config)]
     found += _waiting_problems(config)
     if prune.method and prune.method not in METHODS:

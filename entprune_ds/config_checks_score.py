@@ -51,6 +51,10 @@ def _too_few_draws(config: Config, of_sweep: tuple[str, ...]) -> list[str]:
         found.append(message + f"draws in each of {score.cells} timestep buckets x classes, got {score.draws}. {fewer}")
     if key is not None and getattr(score, key) > elements:
         found.append(f"`score.{key}` must be at most the {elements} elements of an output, got {getattr(score, key)}.")
+    if score.estimator == "knn" and score.knn_k > per_cell // 4:
+        message = f"`score.knn_k` must be at most {per_cell // 4}, a quarter of the {per_cell} draws of a cell: "
+        message += f"standard errors leave groups of draws out. Got {score.knn_k}. "
+        found.append(message + "Lower it, or raise `score.draws`.")
     if config.prune.criterion == "ced_abs" and score.cells == 1 and score.estimator in ("scalar", "knn"):
         message = f"`prune.criterion` ced_abs needs more than the one entropy that `score.estimator` {score.estimator} "
         found.append(message + "gives: nothing can cancel. Set prune.criterion=ced, or score.timestep_buckets.")

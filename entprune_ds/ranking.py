@@ -86,6 +86,7 @@ def order_in(state: CheckState) -> Callable[[Scores, tuple[int, ...]], list[int]
         found = removal_order(
             chosen_criterion(prune), scores, kept_blocks, target_depth=state.target_depth, seed=state.seed,
             check=state.check, explicit_order=state.explicit_order, combined=prune.combined_weights,
+            protected=state.protected,
         )  # fmt: skip
         return protected_last(found, state.protected)
 

@@ -56,7 +56,7 @@ def teacher_problems(config: Config) -> list[str]:
         return [f"{message}distill.teacher={path}"]
     found = _differences(config.model, source.model, path) or diffusion_problems(config.diffusion, source, path)
     prune = config.prune
-    removes = prune.target_depth is not None and not prune.score_only
+    removes = bool(config.soft.every) or (prune.target_depth is not None and not prune.score_only)
     if not found and not removes and first_step(config, source.model, ()) is None:
         message = "`distill.start` is null, which is the first removal, but nothing is removed. "
         found.append(message + "Set distill.start=0, or distill.kind=none.")

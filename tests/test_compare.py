@@ -13,18 +13,14 @@ import pytest
 import torch
 from scipy import stats
 
+from entprune_ds.cli import compare_worker
 from entprune_ds.cli.compare import main
+from entprune_ds.cli.compare_base import base_config, base_path, other_base
+from entprune_ds.cli.compare_metrics import check_seconds, damage, equal_step, spent, validation_losses
 from entprune_ds.cli.compare_plan import Row, removals, row_config, row_digest, rows_of, studies
-from entprune_ds.cli.compare_row import (
-    check_seconds,
-    damage,
-    equal_step,
-    missing,
-    plain_step_macs,
-    spent,
-    validation_losses,
-)
+from entprune_ds.cli.compare_row import base_unfinished, missing, plain_step_macs, result_path
 from entprune_ds.cli.compare_rows import at_equal_steps, plain_rows
+from entprune_ds.cli.compare_sources import other_settings, sources
 from entprune_ds.cli.compare_text import (
     correlation_table,
     figure_cells,
@@ -33,10 +29,11 @@ from entprune_ds.cli.compare_text import (
     markdown_table,
     over_budget,
     sampling_table,
+    speedup_table,
     standing,
 )
-from entprune_ds.cli.compare_worker import attempt, base_config, failure_path, log_path
-from entprune_ds.config import Config, ModelConfig, load_config, problems_of
+from entprune_ds.cli.compare_worker import attempt, failure_path, log_path, work
+from entprune_ds.config import Config, ModelConfig, load_config, problems_of, to_yaml
 from entprune_ds.config_checks_compare import compare_problems
 from entprune_ds.evaluation.compare import difference, mean_of, rank_correlations
 from entprune_ds.evaluation.memorisation import memorisation, nearest_distances
@@ -210,7 +207,8 @@ def test_a_result_of_other_settings_has_another_digest_paths_and_workers_do_not_
     row = rows_of(studies(config, BASE))[0]
     known = row_digest(row_config(config, row, BASE, Path("out")))
     moved = replace(BASE, weights="elsewhere")
-    same = settings("compare.workers=1", "compare.seeds=[0,5]", "data.shards=/other", "run.timeout_seconds=9")
+    free = ("compare.workers=1", "compare.seeds=[0,5]", "data.shards=/other", "run.timeout_seconds=9")
+    same = settings(*free, "data.num_workers=2", "prune.combined=[ced:1,loss:1]")
     assert row_digest(row_config(same, row, moved, Path("other"))) == known
     for word in ("train.learning_rate=1e-3", "compare.recovery_steps=151", "sample.num_samples=100", "score.draws=512"):
         assert row_digest(row_config(settings(word), row, BASE, Path("out"))) != known, word
@@ -225,6 +223,49 @@ def test_settings_of_one_criterion_change_the_digest_of_its_rows_alone():
             assert len(digests) == 1 + (name == criterion), (word, name)
 
 
+def test_a_criterion_that_contains_another_reads_its_settings_and_a_file_is_part_of_the_digest(tmp_path):
+    mine = tmp_path / "mine.py"
+
+    def digest_of(criterion: str, *words: str) -> str:
+        row = Row(name="x-s0", criterion="x", seed=0, target_depth=4, changes={"prune.criterion": criterion})
+        return row_digest(row_config(settings(*words), row, BASE, Path("out")))
+
+    for criterion, word in (
+        ("combined", "prune.combined=[learned:1,ced:1]"),
+        ("recovery_race", "race.origins=[learned]"),
+    ):
+        assert digest_of(criterion, word) != digest_of(criterion, word, "learned.steps=50")
+    mine.write_text("CRITERION = 1")
+    before = digest_of(str(mine))
+    mine.write_text("CRITERION = 2")
+    assert digest_of(str(mine)) != before
+
+
+def test_soft_pruning_of_the_command_is_of_no_row_and_of_no_base():
+    config = settings(
+        "soft.every=5", "soft.target_macs=0.5", "distill.kind=output", "compare.study=[criteria,schedule]"
+    )
+    criteria, schedule = studies(config, BASE)
+    made = row_config(config, criteria.contestants["ced"][0], BASE, Path("out"))
+    assert made.soft.every == 0 and made.soft.target_macs == 0.5
+    soft = row_config(config, schedule.contestants["gradient flow, soft"][0], BASE, Path("out"))
+    assert soft.soft.every == 3
+    base = base_config(config)
+    assert base.soft.every == 0 and base.distill.kind == "none" and base.prune.target_depth is None
+
+
+def test_random_keep_sets_hold_what_is_protected_and_there_are_no_more_than_exist():
+    config = settings("compare.study=[criteria,subsets]", "prune.protected_blocks=[0,-1]")
+    for study in studies(config, BASE):
+        for name, (row, *_) in study.contestants.items():
+            if name.startswith(("random", "set")):
+                made = row_config(config, row, BASE, Path("out"))
+                assert problems_of(made) == [] and not {0, 11} & set(made.prune.explicit_order)
+    few = settings("prune.target_depth=11", "prune.protected_blocks=[0,1,2,3,4,5,6,7,8,9]", "compare.random_sets=3")
+    (criteria,) = studies(few, BASE)
+    assert [name for name in criteria.contestants if name.startswith("random")] == ["random_1", "random_2"]
+
+
 def test_a_row_is_finished_when_everything_that_is_asked_of_it_was_measured():
     compare = settings("compare.recovery_steps=10", "compare.long_steps=20").compare
     row = Row(name="x-s0", criterion="x", seed=0, target_depth=4, long=True, probes=(5,), samplings=(7,))
@@ -236,6 +277,13 @@ def test_a_row_is_finished_when_everything_that_is_asked_of_it_was_measured():
     whole = result | {"stops": {"8": {}, "10": {}, "20": {}}, "latency_ms": {"1": 1.0}}
     assert missing(row, compare, whole) == []
     assert missing(replace(row, samplings=(7, 9)), compare, whole) == ["9 sampler steps"]
+
+
+def test_a_base_is_finished_when_it_was_sampled_as_asked():
+    config = settings("compare.study=[criteria,sampling]", "compare.sampling_steps=[5,7]")
+    assert base_unfinished(config, {}) and base_unfinished(config, {"latency_ms": {}, "samplings": {"5": {}}})
+    whole = {"latency_ms": {}, "samplings": {"5": {}, "7": {}}}
+    assert not base_unfinished(config, whole) and not base_unfinished(settings(), {"latency_ms": {}, "samplings": {}})
 
 
 def test_damage_is_the_rise_at_the_removals_and_probes_are_read_at_their_steps():
@@ -380,6 +428,13 @@ def test_sampler_steps_are_set_beside_the_usual_ones():
     assert lines[-1] == "| Spearman with 25 steps | -1.00 | +1.00 |"
 
 
+def test_the_speed_up_of_a_depth_stands_beside_its_share_and_its_fid():
+    rows = [plain("depth 5", seed, 20 + seed, kept_blocks=[0, 3, 5, 7, 11]) for seed in (0, 2)]
+    rows = [row | {"speedup_by_batch": {"1": 1.9 + row["seed"] / 10, "64": 2.3}} for row in rows]
+    line = speedup_table(rows, {"depth": 12}).splitlines()[-1]
+    assert line == "| depth 5 | 5 | 0.417 | 2 at batch 1; 2.30 at batch 64 | 21.0 ± 1.0 |"
+
+
 def test_figures_are_pngs_and_nothing_is_drawn_of_nothing():
     png = b"\x89PNG"
     assert compare_plots.bars({"a": [1.0, 2.0]}, {"a": 0.5}, "FID").startswith(png)
@@ -446,6 +501,70 @@ def test_a_row_that_raises_is_noted_with_its_log_and_not_tried_twice(tmp_path, c
     assert "spoken" in capfd.readouterr().out  # the output is ours again
 
 
+def test_a_base_that_failed_is_not_tried_for_ever_and_one_of_another_command_is_waited_for(tmp_path, monkeypatch):
+    config, tried = settings(f"compare.out={tmp_path}"), []
+    monkeypatch.setattr(compare_worker.comm, "init", lambda timeout: True)  # not in this process
+    monkeypatch.setattr(compare_worker, "train", lambda settings, devices: tried.append(1) or 1 / 0)
+    work(config, "base")
+    work(config, "base")
+    assert tried == [1] and "ZeroDivisionError" in failure_path(tmp_path, "base").read_text()
+    failure_path(tmp_path, "base").unlink()
+    with hold(tmp_path / "locks" / "base") as other:
+        monkeypatch.setattr(compare_worker.time, "sleep", lambda seconds: base_path(config).mkdir(parents=True))
+        work(config, "base")
+        other.kill()
+    assert tried == [1]
+
+
+# ---------------------------------------------------------------- one experiment in a folder
+
+
+def test_rows_of_another_base_or_of_other_data_do_not_join(digits, tmp_path):
+    bases = [tmp_path / name for name in "ab"]
+    for base in bases:
+        base.mkdir()
+        (base / "config.json").write_text(json.dumps({"name": base.name}))
+    words = [
+        f"compare.out={tmp_path / 'out'}",
+        "compare.criteria=[ced]",
+        "compare.seeds=[0]",
+        f"data.shards={digits}/train",
+    ]
+    config = settings(f"compare.base={bases[0]}", *words)
+    (row,) = rows_of(studies(config, BASE))
+    made = sources(config, row)
+    assert set(made) == {"base", "data"}
+    settled = row_digest(row_config(config, row, BASE, tmp_path / "out"))
+    path = result_path(tmp_path / "out", row.name)
+    path.parent.mkdir(parents=True)
+
+    def said(given: Config, **more: object) -> str:
+        path.write_text(json.dumps({"digest": settled, "sources": made} | more))
+        return " ".join(other_settings(given, BASE))
+
+    latency = {"latency_ms": {"1": 1.0, "64": 9.0}}
+    assert said(config, **latency) == "" == said(config, sources={})  # those of an earlier version say nothing
+    assert "was made from another base than" in said(settings(f"compare.base={bases[1]}", *words))
+    assert "was made from another data than" in said(
+        settings(*words[:3], f"compare.base={bases[0]}", f"data.shards={digits}/val")
+    )
+    assert "with other `evaluate.latency_batches`" in said(
+        settings(*words, f"compare.base={bases[0]}", "evaluate.latency_batches=[1]"), **latency
+    )
+    assert "with other settings" in said(config, digest="0")
+
+
+def test_a_base_of_other_settings_is_refused_and_speed_does_not_count(tmp_path):
+    config = settings(f"compare.out={tmp_path}")
+    assert other_base(config) == []
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.yaml").write_text(to_yaml(base_config(config)))
+    more = ("train.checkpoint_every=7", "compare.recovery_steps=9", "prune.criterion=loss")
+    assert other_base(settings(f"compare.out={tmp_path}", *more)) == []
+    (problem,) = other_base(settings(f"compare.out={tmp_path}", "compare.base_steps=10", "compare.seeds=[4]"))
+    assert "made with `compare.base_steps` 2000, not 10; `compare.seeds[0]` 0, not 4. Use those" in problem
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -470,6 +589,13 @@ def test_impossible_comparisons_are_refused_with_all_problems(digits, tmp_path, 
     assert "`prune.target_depth` must be below" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "train.lr_schedule=cosine")
     assert "`train.lr_schedule` must be constant" in line
+    subsets = ("target_depth=4", "study=[criteria,subsets]", "compare.equal_compute=false")
+    (line,) = refusal(capsys, *data, *subsets, "train.lr_schedule=cosine")
+    assert "no subsets in compare.study" in line
+    (line,) = refusal(capsys, *data, *subsets, "distill.kind=features")
+    assert "`distill.kind` features fades out" in line
+    (line,) = refusal(capsys, *data, "target_depth=4", "criteria=[ced,a/ced.py,b/x.py,c/x.py]")
+    assert "a/ced.py, b/x.py, c/x.py would be called like another criterion" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "study=[criteria,depth]")
     assert "`compare.depths` is empty" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "base=/nowhere")

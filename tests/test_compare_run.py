@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from entprune_ds.cli.compare_row import spent
+from entprune_ds.cli.compare_metrics import spent
 from entprune_ds.config import load_config
 from entprune_ds.data.builtin import write_digits
 from entprune_ds.interop.safetensors import write_export

@@ -340,6 +340,7 @@ score.timestep_buckets=0                                        -> at least 1
 score.rank=0                                                    -> at least 1
 score.knn_dim=0                                                 -> at least 1
 score.knn_k=0                                                   -> at least 1
+score.knn_k=17 score.estimator=knn score.draws=64 score.batch_size=32 score.knn_dim=2 -> at most 16, a quarter
 score.shrinkage=1                                               -> in [0, 1)
 score.confidence=1                                              -> in [0, 1)
 score.within_class=[1000]                                       -> different classes below 1000

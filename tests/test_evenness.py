@@ -32,8 +32,10 @@ def test_no_other_keep_set_has_a_larger_value(data):
     blocks = sorted(data.draw(st.sets(st.integers(0, 12), min_size=1, max_size=9)))
     values = {b: data.draw(st.floats(-5, 5)) for b in blocks}
     target, weight = data.draw(st.integers(1, len(blocks))), data.draw(st.floats(0, 3))
-    found = even_keep_set(values, target, weight)
-    best = max(value(keep, values, weight) for keep in itertools.combinations(blocks, target))
+    must_stay = data.draw(st.sets(st.sampled_from(blocks), max_size=target))
+    found = even_keep_set(values, target, weight, must_stay)
+    possible = (keep for keep in itertools.combinations(blocks, target) if must_stay <= set(keep))
+    best = max(value(keep, values, weight) for keep in possible)
     assert list(found) == sorted(set(found)) and len(found) == target and set(found) <= set(blocks)
     assert value(found, values, weight) == pytest.approx(best, abs=1e-9)
     assert keep_set_value(found, values, weight) == pytest.approx(value(found, values, weight), abs=1e-9)
@@ -51,6 +53,8 @@ def test_its_ends_scores_alone_and_even_spacing_alone():
 def test_more_blocks_than_there_are_cannot_stay(target):
     with pytest.raises(ValueError, match=f"{target} of 3 blocks cannot stay"):
         even_keep_set({0: 1.0, 1: 2.0, 2: 3.0}, target)
+    with pytest.raises(ValueError, match="1 of 3 blocks cannot stay where 2 must"):
+        even_keep_set({0: 1.0, 1: 2.0, 2: 3.0}, 1, must_stay=(0, 2))
 
 
 CLUSTER = [2.0, 1.0, 1.5, 1.0, 2.6, 2.5, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0]
@@ -65,6 +69,21 @@ def test_spread_taylor_keeps_high_scores_that_do_not_lie_together():
     assert sorted(spread[-4:]) == sorted(even_keep_set(dict(enumerate(CLUSTER)), 4)) == [4, 5, 9, 10]
     values = [CLUSTER[b] for b in spread]
     assert values[:8] == sorted(values[:8]) and values[8:] == sorted(values[8:])  # on both sides the lowest first
+
+
+@pytest.mark.parametrize("protected", [(0, 11), (1, 2), (5,), (0, 1, 2, 3)])
+def test_protected_blocks_are_part_of_an_even_keep_set(protected):
+    scores = {"diff_pruning": {b: Score(v, 0.1) for b, v in enumerate(CLUSTER)}}
+    spread = removal_order("spread_taylor", scores, range(12), target_depth=4, protected=protected)
+    best = max(
+        (keep for keep in itertools.combinations(range(12), 4) if set(protected) <= set(keep)),
+        key=lambda keep: value(keep, dict(enumerate(CLUSTER)), 1.0),
+    )
+    assert sorted(spread[-4:]) == list(best)
+    even = sorted(removal_order("every_other", {}, range(12), target_depth=4, protected=protected)[-4:])
+    assert even == {
+        (0, 11): [0, 4, 7, 11], (1, 2): [1, 2, 7, 11], (5,): [0, 5, 7, 11], (0, 1, 2, 3): [0, 1, 2, 3],
+    }[protected]  # fmt: skip
 
 
 def test_spread_taylor_says_what_it_lacks():

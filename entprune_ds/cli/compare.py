@@ -36,7 +36,8 @@ compare_studies.json the rows and scores of the other studies; logs/ROW.txt hold
 
 Studies (study=[...]): criteria; subsets (random keep-sets: which score predicts the FID after recovery); schedule
 (one-shot, fixed and voted removals); estimators (of the entropy); distill (kinds of recovery); sampling (sampler
-steps); depth (further target depths). Distances of samples to the training images are measured always.
+steps); depth (further target depths); bases (further bases, compare.bases=[3,4], each pruned once by every criterion).
+Distances of samples to the training images are measured always.
 """
 SECTIONS = ["compare", "prune", "score", "race", "learned", "distill", "train", "sample", "evaluate"]
 SHORTCUTS = {
@@ -99,8 +100,9 @@ def _problems(config: Config) -> list[str]:
     found += compare_problems(config)
     if found:
         return found
+    from entprune_ds.cli.compare_base import base_config, base_path
     from entprune_ds.cli.compare_plan import row_config, rows_of, studies
-    from entprune_ds.cli.compare_worker import base_config, base_path
+    from entprune_ds.cli.compare_sources import other_settings
     from entprune_ds.cli.sample import sampling_problems
     from entprune_ds.preflight import training_problems
 
@@ -116,7 +118,7 @@ def _problems(config: Config) -> list[str]:
             settings = row_config(config, row, model, Path(config.compare.out))
             problems = training_problems(settings) if here and len(checked) == 1 else problems_of(settings)
             found += [p for p in problems if p not in found]
-    return found or _other_settings(config, model)
+    return found or other_settings(config, model)
 
 
 def base_model(config: Config) -> ModelConfig:
@@ -127,7 +129,7 @@ def base_model(config: Config) -> ModelConfig:
     """
     from dataclasses import replace
 
-    from entprune_ds.cli.compare_worker import base_config, base_path
+    from entprune_ds.cli.compare_base import base_config, base_path
     from entprune_ds.interop.weights import open_weights
 
     path = base_path(config)
@@ -136,24 +138,10 @@ def base_model(config: Config) -> ModelConfig:
     return replace(model, weights=str(path))
 
 
-def _other_settings(config: Config, model: ModelConfig) -> list[str]:
-    """Rows in the folder that were made with other settings."""
-    from entprune_ds.cli.compare_plan import row_config, row_digest, rows_of, studies
-    from entprune_ds.cli.compare_row import read_result, result_path
-
-    out = Path(config.compare.out)
-    for row in rows_of(studies(config, model)):
-        result = read_result(out, row.name)
-        if result and result["digest"] != row_digest(row_config(config, row, model, out)):
-            message = f"`compare.out`: {result_path(out, row.name)} was made with other settings than these. "
-            return [message + "Use those again, or choose another `out`."]
-    return []
-
-
 def _run(config: Config, words: list[str], dry_run: bool) -> int:
+    from entprune_ds.cli.compare_base import base_path
     from entprune_ds.cli.compare_plan import rows_of, studies
     from entprune_ds.cli.compare_show import Progress, show_plan
-    from entprune_ds.cli.compare_worker import base_path
     from entprune_ds.faults import Interrupted, raise_on_signals
 
     model, out = base_model(config), Path(config.compare.out)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from entprune_ds.config import Config, ModelConfig, digest, to_dict
+from entprune_ds.cli.compare_base import further_base
+from entprune_ds.config import Config, DataConfig, ModelConfig, digest, to_dict
 from entprune_ds.config_checks_compare import criteria_of
 from entprune_ds.pruning.schedule import planned_checks
 from entprune_ds.soft_budget import removal_steps
@@ -19,8 +21,6 @@ NOTHING_TO_VOTE = {"ntk_samples": 2, "ntk_repeats": 1, "zico_batches": 2, "zico_
 """A single check has a single candidate depth, the target: its proxies decide nothing and are made cheap."""
 FREE_OF_RESULT = ("run", "compare", "evaluate", "monitor")
 """Sections that do not change what a row finds."""
-CRITERION_OF = {"race": "recovery_race", "learned": "learned"}
-"""Sections that only the rows of one criterion read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +94,19 @@ def _criteria(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     first = config.compare.seeds[0]
     for criterion in criteria_of(config):
-        for number in range(config.compare.random_sets if criterion == "random" else 1):
-            rows = [_contestant(config, model, criterion, number, seed) for seed in config.compare.seeds]
+        for rows in _contestants(config, model, criterion):
             found[rows[0].criterion] = [_extended(config, row) if row.seed == first else row for row in rows]
     return found
 
 
-def _contestant(config: Config, model: ModelConfig, criterion: str, number: int, seed: int) -> Row:
-    """A row of a criterion; a random keep-set is the same for all seeds."""
+def _contestants(config: Config, model: ModelConfig, criterion: str) -> Iterator[list[Row]]:
+    """The rows of a criterion, one per seed; those of each random keep-set, which is the same for all seeds."""
+    seeds = config.compare.seeds
     if criterion != "random":
-        return one_check(config, criterion, seed)
-    gone = random_removal(model, config.prune.target_depth or 1, "random", number)
-    return one_check(config, "explicit", seed, f"random_{number + 1}", prune__explicit_order=gone)
+        yield [one_check(config, criterion, seed) for seed in seeds]
+        return
+    for i, gone in enumerate(random_removals(config, model, "random", config.compare.random_sets), 1):
+        yield [one_check(config, "explicit", seed, f"random_{i}", prune__explicit_order=gone) for seed in seeds]
 
 
 def _extended(config: Config, row: Row) -> Row:
@@ -118,13 +119,8 @@ def _extended(config: Config, row: Row) -> Row:
 
 
 def _subsets(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
-    """Different random keep-sets, one seed; fewer where there are not so many."""
-    target, sets = config.prune.target_depth or 1, set[tuple[int, ...]]()
-    wanted, number = min(config.compare.subsets, math.comb(len(model.blocks), target)), 0
-    while len(sets) < wanted:
-        sets.add(random_removal(model, target, "subsets", number))
-        number += 1
-    seed = config.compare.seeds[0]
+    """Different random keep-sets, one seed."""
+    sets, seed = random_removals(config, model, "subsets", config.compare.subsets), config.compare.seeds[0]
     rows = [
         one_check(config, "explicit", seed, f"set_{i:02d}", prune__explicit_order=gone)
         for i, gone in enumerate(sorted(sets))
@@ -132,12 +128,22 @@ def _subsets(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     return {row.criterion: [replace(row, long=True, probes=config.compare.probe_steps)] for row in rows}
 
 
-def random_removal(model: ModelConfig, target: int, purpose: str, number: int) -> tuple[int, ...]:
-    """Blocks that go, sorted, so that a random keep-set stays; a pure function of its arguments."""
+def random_removals(config: Config, model: ModelConfig, purpose: str, count: int) -> list[tuple[int, ...]]:
+    """Blocks that go, sorted, so that different random keep-sets stay: `count`, or fewer where there are not so many.
+
+    A pure function of its arguments. Protected blocks stay.
+    """
     from entprune_ds.rng import permutation
 
-    order = permutation(0, f"compare/{purpose}", 0, number, len(model.blocks))
-    return tuple(sorted(model.blocks[place] for place in order[target:]))
+    protected = replace(config, model=model).protected_blocks
+    free = [block for block in model.blocks if block not in protected]
+    stay, found = (config.prune.target_depth or 1) - len(protected), dict[tuple[int, ...], None]()
+    wanted, number = min(count, math.comb(len(free), max(0, stay))), 0
+    while len(found) < wanted:
+        order = permutation(0, f"compare/{purpose}", 0, number, len(free))
+        found[tuple(sorted(free[place] for place in order[stay:]))] = None
+        number += 1
+    return list(found)
 
 
 def _schedule(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
@@ -201,11 +207,6 @@ def _bases(config: Config, model: ModelConfig) -> dict[str, list[Row]]:
     return found
 
 
-def further_base(out: Path, seed: int) -> Path:
-    """Folder of a further base's model."""
-    return out / f"base_{seed}" / "model"
-
-
 def row_config(config: Config, row: Row, model: ModelConfig, out: Path) -> Config:
     """The settings of a row's training, up to compare.recovery_steps.
 
@@ -228,7 +229,7 @@ def row_config(config: Config, row: Row, model: ModelConfig, out: Path) -> Confi
                       validate_every=10**9, stop_step=None),
         prune=replace(config.prune, num_checks=1, start_step=0, end_step=1, max_blocks_per_check=None,
                       score_only=False, rollback=""),
-        score=replace(config.score, sweep="needed"),
+        score=replace(config.score, sweep="needed"), soft=replace(config.soft, every=0),
         monitor=replace(config.monitor, wandb=False, log_every=25, sample_every=0, count_macs=True),
         sample=replace(config.sample, grid=min(config.sample.grid, 20)),
     )  # fmt: skip
@@ -259,10 +260,16 @@ def with_settings(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def row_digest(settings: Config) -> str:
-    """Digest of everything in a row's settings that changes what it finds."""
-    unread = {section for section, criterion in CRITERION_OF.items() if criterion != settings.prune.criterion}
+    """Digest of everything in a row's settings that changes what it finds. Base and data: see `sources`."""
+    prune, race = settings.prune, settings.prune.criterion == "recovery_race"
+    members = prune.combined_weights if prune.criterion == "combined" else {}
+    learned = "learned" in (prune.criterion, *members, *(settings.race.origins if race else ()))
+    unread = {name for name, read in (("race", race), ("learned", learned)) if not read}
     values = {k: v for k, v in to_dict(settings).items() if k not in {*FREE_OF_RESULT, *unread}}
     values["model"] = {k: v for k, v in values["model"].items() if k != "weights"}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("shards", "val_shards")}
+    values["data"] |= {"num_workers": 0, "prefetch": DataConfig().prefetch}  # these change nothing but speed
     values["sample"] = {k: v for k, v in values["sample"].items() if k not in ("grid", "out")}
+    values["prune"] |= {} if members else {"combined": []}
+    values |= {"code": digest(Path(prune.criterion).read_text())} if prune.criterion.endswith(".py") else {}
     return digest(values | {"seed": settings.run.seed})

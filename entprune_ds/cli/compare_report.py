@@ -9,10 +9,10 @@ from typing import Any
 
 from entprune_ds.atomic import write_bytes, write_text
 from entprune_ds.cli import compare_text as text
+from entprune_ds.cli.compare_base import base_path
 from entprune_ds.cli.compare_plan import Study
 from entprune_ds.cli.compare_row import open_bench, read_result, subset_scores
 from entprune_ds.cli.compare_rows import PlainRow, at_equal_steps, by_contestant, out_files, plain_rows
-from entprune_ds.cli.compare_worker import base_path
 from entprune_ds.config import Config, ModelConfig, digest
 from entprune_ds.evaluation.compare import mean_of
 from entprune_ds.monitor import compare_plots

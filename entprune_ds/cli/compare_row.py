@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import psutil
 
 from entprune_ds import comm
 from entprune_ds.atomic import write_text
+from entprune_ds.cli.compare_metrics import VALIDATION, check_seconds, damage, equal_step, spent, validation_losses
 from entprune_ds.cli.compare_plan import Row, removals, row_config, row_digest
 from entprune_ds.cli.evaluate import latency, real_images
 from entprune_ds.cli.sample import draw
@@ -31,9 +31,6 @@ from entprune_ds.models.dit import DiT
 from entprune_ds.models.registry import count_macs
 from entprune_ds.monitor.files import read_json_lines
 from entprune_ds.trainer import train
-
-VALIDATION = "train/validation_loss"
-Metrics = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,23 @@ def missing(row: Row, compare: CompareConfig, result: dict[str, Any]) -> list[st
     return found + (["latency"] if "latency_ms" not in result else [])
 
 
-def run_row(bench: Bench, row: Row) -> None:
-    """Train and measure what is still missing of a row; its result file grows with every figure."""
+def run_row(bench: Bench, row: Row, sources: dict[str, str]) -> None:
+    """Train and measure what is still missing of a row; its result file grows with every figure.
+
+    Args:
+        sources: digests of what it is made from, for its result.
+    """
     config, compare = bench.config, bench.config.compare
     settings, path = row_config(config, row, bench.model, bench.out), result_path(bench.out, row.name)
-    result = read_result(bench.out, row.name) or {"digest": row_digest(settings), "row": asdict(row), "seconds": 0.0}
+    new = {"digest": row_digest(settings), "sources": sources, "row": asdict(row), "seconds": 0.0}
+    result = read_result(bench.out, row.name) or new
     path.parent.mkdir(exist_ok=True)
     result |= {k: result.get(k, {}) for k in ("stops", "probes", "samplings")}
     begin, before = time.monotonic(), result["seconds"]
+    late = [step for step in row.probes if str(step) not in result["probes"]]
+    if late and any(int(stop) >= min(late) for stop in result["stops"]):  # trained without these probes: once more
+        result["stops"] = {}
+        shutil.rmtree(settings.run_dir, ignore_errors=True)
 
     def save() -> None:
         memory = psutil.Process().memory_info().rss >> 20
@@ -126,11 +132,19 @@ def run_row(bench: Bench, row: Row) -> None:
         shutil.rmtree(settings.run_dir / f"model_{other}", ignore_errors=True)
 
 
+def _base_samplings(config: Config) -> tuple[int, ...]:
+    return config.compare.sampling_steps if "sampling" in config.compare.study else ()
+
+
+def base_unfinished(config: Config, result: dict[str, Any]) -> bool:
+    """Whether something about the base is still to be measured."""
+    return "latency_ms" not in result or any(str(s) not in result["samplings"] for s in _base_samplings(config))
+
+
 def run_base(bench: Bench) -> None:
     """Measure the base, as the row that the others are read against."""
     config, path = bench.config, result_path(bench.out, "base")
-    base = Path(bench.model.weights)
-    samplings = config.compare.sampling_steps if "sampling" in config.compare.study else ()
+    base, samplings = Path(bench.model.weights), _base_samplings(config)
     result = read_result(bench.out, "base") or quality(bench, config, base) | {"samplings": {}}
     path.parent.mkdir(exist_ok=True)
     for steps in samplings:
@@ -175,17 +189,6 @@ def keep_model(settings: Config, stop: int) -> Path:
     return made.rename(kept)
 
 
-def equal_step(metrics: Metrics, budget: int) -> int:
-    """The step at which a row has spent a number of multiply-accumulates, to the nearest; not before its last check.
-
-    Args:
-        metrics: of the row up to the first step after its last check.
-        budget: multiply-accumulates.
-    """
-    here, step_macs = max((line["step"], line["train/step_macs"]) for line in metrics if "train/step_macs" in line)
-    return here + max(0, round((budget - sum(spent(metrics, here))) / step_macs))
-
-
 def plain_step_macs(settings: Config, model: ModelConfig, depth: int) -> int:
     """Multiply-accumulates of a training step without a teacher, counted: forward and backward of one batch."""
     import torch
@@ -204,24 +207,6 @@ def metrics_of(settings: Config) -> list[dict[str, Any]]:
     return read_json_lines(settings.run_dir / "metrics.jsonl").rows
 
 
-def spent(metrics: Metrics, step: int) -> tuple[int, int]:
-    """Multiply-accumulates of the training up to a step, and of all checks.
-
-    A step is counted once per architecture; its cost holds until the next line.
-    """
-    costs = sorted({line["step"]: line["train/step_macs"] for line in metrics if "train/step_macs" in line}.items())
-    ends = [first - 1 for first, _ in costs[1:]] + [step]
-    training = sum(macs * (end - first + 1) for (first, macs), end in zip(costs, ends, strict=True))
-    checks = {line["step"]: line["prune/score_macs"] for line in metrics if "prune/score_macs" in line}
-    return training, sum(checks.values())
-
-
-def validation_losses(metrics: Metrics, steps: Sequence[int]) -> dict[str, float]:
-    """Validation loss of the raw weights after each of some steps, as far as it was measured."""
-    by_step = {line["step"]: line[VALIDATION] for line in metrics if VALIDATION in line}
-    return {str(step): by_step[step] for step in steps if step in by_step}
-
-
 def facts(settings: Config, row: Row) -> dict[str, Any]:
     """What the checks decided and what it took: blocks, damage, seconds."""
     metrics = metrics_of(settings)
@@ -232,21 +217,6 @@ def facts(settings: Config, row: Row) -> dict[str, Any]:
         "damage": damage([d["step"] for d in decisions if d["dropped"] or d.get("narrow")], metrics),
         "score_seconds": check_seconds(metrics),
     }
-
-
-def check_seconds(metrics: Metrics) -> float:
-    """Seconds of all checks: scores, vote, and a race where there was one; a check that was made again counts once."""
-    names = [f"prune/{part}_seconds" for part in ("score", "vote", "race")]
-    return sum({(line["step"], n): line[n] for line in metrics for n in names if n in line}.values())
-
-
-def damage(removals: Sequence[int], metrics: Metrics) -> float:
-    """Rise of the validation loss (raw weights) at the removals, summed; each step has one before and one after."""
-    total = 0.0
-    for step in removals:
-        at = [line[VALIDATION] for line in metrics if line["step"] == step and VALIDATION in line]
-        total += at[-1] - at[-2]
-    return total
 
 
 def measure(bench: Bench, settings: Config, model: Path, stop: int) -> dict[str, Any]:

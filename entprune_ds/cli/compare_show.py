@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from entprune_ds.cli.compare_base import base_path, further_base
 from entprune_ds.cli.compare_estimate import WORKER_SECONDS, correction, measure_pace, row_seconds
-from entprune_ds.cli.compare_plan import Row, further_base
+from entprune_ds.cli.compare_plan import Row
 from entprune_ds.cli.compare_row import missing, read_result
-from entprune_ds.cli.compare_worker import base_path
 from entprune_ds.config import Config, ModelConfig
 from entprune_ds.logs import get_logger
 

@@ -14,32 +14,16 @@ from pathlib import Path
 
 from entprune_ds import comm
 from entprune_ds.atomic import write_text
-from entprune_ds.cli.compare_plan import Row, further_base, rows_of, studies
-from entprune_ds.cli.compare_row import Bench, missing, open_bench, read_result, run_base, run_row
+from entprune_ds.cli.compare_base import base_config, base_path, further_base
+from entprune_ds.cli.compare_plan import Row, rows_of, studies
+from entprune_ds.cli.compare_row import Bench, base_unfinished, missing, open_bench, read_result, run_base, run_row
+from entprune_ds.cli.compare_sources import sources
 from entprune_ds.config import Config
 from entprune_ds.locks import FolderBusy, locked
 from entprune_ds.trainer import train
 
 Say = Callable[[str, str], None]
 """say(event, row): tells the parent what this worker does."""
-
-
-def base_config(config: Config, further: int | None = None) -> Config:
-    """Settings of the base that the comparison trains, or of a further one with a seed of its own."""
-    compare = config.compare
-    name, seed = ("base", compare.seeds[0]) if further is None else (f"base_{further}", further)
-    return replace(
-        config,
-        run=replace(config.run, name=name, root=compare.out, seed=seed),
-        model=replace(config.model, depth=compare.base_depth, kept_blocks=None, block_widths=(), weights=""),
-        train=replace(config.train, num_steps=compare.base_steps, stop_step=None),
-        prune=replace(config.prune, target_depth=None), monitor=replace(config.monitor, wandb=False),
-    )  # fmt: skip
-
-
-def base_path(config: Config) -> Path:
-    """Where the base lies, or will lie."""
-    return Path(config.compare.base or Path(config.compare.out) / "base" / "model")
 
 
 def failure_path(out: Path, name: str) -> Path:
@@ -57,14 +41,12 @@ def work(config: Config, part: str) -> None:
     comm.init(config.run.timeout_seconds)  # once: each training joins it
     out, say = Path(config.compare.out), _announcer()
     if part == "base":
-        say("start", "base")
-        with locked(out / "locks" / "base", "`compare.out`"), _into(log_path(out, "base")):
-            if not base_path(config).is_dir():
-                train(base_config(config), [])
-        say("done", "base")
+        while not (base_path(config).is_dir() or failure_path(out, "base").is_file()):
+            attempt(out, "base", lambda: train(base_config(config), []), lambda: not base_path(config).is_dir(), say)
+            time.sleep(1)  # another command may be training it
         return
     bench = open_bench(config, out, base_path(config))
-    attempt(out, "base", lambda: run_base(bench), lambda: "latency_ms" not in read_result(out, "base"), say)
+    attempt(out, "base", lambda: run_base(bench), lambda: base_unfinished(config, read_result(out, "base")), say)
     rows = rows_of(studies(config, bench.model))
     for seed in dict.fromkeys(row.base for row in rows if row.base is not None):
         _further_base(bench, seed, say)
@@ -84,7 +66,7 @@ def _further_base(bench: Bench, seed: int, say: Say) -> bool:
 
 
 def _task(bench: Bench, row: Row) -> Callable[[], None]:
-    return lambda: run_row(bench, row)
+    return lambda: run_row(bench, row, sources(bench.config, row))
 
 
 def _unfinished(bench: Bench, row: Row) -> Callable[[], bool]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help, with_run
-from entprune_ds.config import Config, ConfigError, PruneConfig, load_config, problems_of
+from entprune_ds.config import Config, ConfigError, PruneConfig, SoftConfig, load_config, problems_of
 
 HELP = """\
 Draw samples of an exported model: a folder of PNG files (or one .npz, arr_0 uint8 NHWC and arr_1 labels), a grid
@@ -61,7 +61,7 @@ def sampling_problems(config: Config, weights: Path, key: str = "model.weights")
     except ValueError as error:
         return [*problems_of(config), f"`{key}`: {error}"]
     model = source.model
-    found = problems_of(replace(config, model=model, prune=PruneConfig()))
+    found = problems_of(replace(config, model=model, prune=PruneConfig(), soft=SoftConfig()))
     found += diffusion_problems(config.diffusion, source, weights)
     if model.in_channels not in (1, 3) and not config.sample.vae:
         message = f"`sample.vae` is missing: {weights} makes latents of {model.in_channels} channels, not images. "

@@ -19,7 +19,8 @@ from entprune_ds.cli.common import (
     wants_help,
     with_run,
 )
-from entprune_ds.config import Config, ConfigError, PruneConfig, load_config, problems_of
+from entprune_ds.config import Config, ConfigError, PruneConfig, SoftConfig, load_config, problems_of
+from entprune_ds.config_methods import SWEEP_CRITERIA
 
 if TYPE_CHECKING:
     from entprune_ds.interop.source import Source
@@ -83,13 +84,18 @@ def _load(words: list[str], folder: Path | None) -> tuple[Config, Source]:
     data = replace(config.data, num_readers=1)  # calibration reads one shard after another
     config = replace(config, model=replace(source.model, weights=config.model.weights), data=data)
     found = [f"`model.weights`: the model has {depth} block, there is nothing to compare."] if depth < 2 else []
-    found = found or problems_of(replace(config, prune=PruneConfig(target_depth=target, num_checks=1)))
-    found = found or data_problems(config)
+    asked, score = config.prune, config.score
+    once = replace(score, mode="once")  # one scoring for all criteria, whatever the run does
+    prune = PruneConfig(target_depth=target, num_checks=1, combined=asked.combined)
+    found = found or problems_of(replace(config, prune=prune, score=once, soft=SoftConfig())) or data_problems(config)
+    if score.until == "resolved" and asked.criterion not in SWEEP_CRITERIA:
+        message = f"`score.until` resolved needs `prune.criterion` to be one of {', '.join(SWEEP_CRITERIA)}, whose "
+        found.append(f"{message}blocks are told apart, got {asked.criterion}. Set it, or score.until=draws.")
     if config.score.batch_size < ranks:
         found.append(f"`score.batch_size` must be at least the number of ranks ({ranks}).")
     if found:
         raise ConfigError(found)
-    return replace(config, prune=replace(config.prune, target_depth=target)), source
+    return replace(config, prune=replace(asked, target_depth=target), score=once), source
 
 
 def _source(config: Config, run: Path | None) -> Source:
@@ -126,7 +132,8 @@ def _score(config: Config, source: Source, out: Path) -> int:
     joined = comm.init(config.run.timeout_seconds) if "RANK" in os.environ else False
     model = loaded_model(source).to(comm.device())
     parts = ModuleParts(model, getattr(torch, config.score.dtype))
-    m = measuring(parts, source.model.blocks, config, 0, examples_of(config, 0))
+    leaving = len(source.model.blocks) - (config.prune.target_depth or 0)
+    m = measuring(parts, source.model.blocks, config, 0, examples_of(config, 0), leaving)
     own = config.prune.criterion
     scored = score_model(m, config.score.criteria or (*CRITERIA, *([own] if own not in CRITERIA else [])))
     if comm.is_main():

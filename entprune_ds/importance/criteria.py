@@ -40,6 +40,8 @@ class RankingRequest:
     """The user's order, for criterion explicit."""
     combined: Mapping[str, float] = field(default_factory=dict)
     """Weights of its members by name, for criterion combined."""
+    protected: tuple[int, ...] = ()
+    """Blocks that never go, whatever the order says; a criterion that chooses whole keep-sets holds them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def removal_order(
     check: int = 0,
     explicit_order: Sequence[int] = (),
     combined: Mapping[str, float] | None = None,
+    protected: Sequence[int] = (),
 ) -> list[int]:
     """Present blocks in the order of removal, first to go first; a pure function of its arguments.
 
@@ -82,6 +85,7 @@ def removal_order(
         check=check,
         explicit_order=tuple(explicit_order),
         combined=combined or {},
+        protected=tuple(b for b in protected if b in kept_blocks),
     )
     order = list(chosen.order(request))
     if sorted(order) != list(request.kept_blocks):
@@ -155,7 +159,8 @@ def spread_taylor(request: RankingRequest) -> list[int]:
     """Blocks outside the even keep-set of the Diff-Pruning scores first; on both sides the lowest score first."""
     lowest_first = lowest_score_first("diff_pruning")(request)
     values = {b: request.scores["diff_pruning"][b].value for b in request.kept_blocks}
-    stay = even_keep_set(values, min(request.target_depth, len(values)))
+    target = max(min(request.target_depth, len(values)), len(request.protected))
+    stay = even_keep_set(values, target, must_stay=request.protected)
     return sorted(lowest_first, key=stay.__contains__)
 
 
@@ -173,27 +178,30 @@ def every_other(request: RankingRequest) -> list[int]:
 
     The blocks that stay are, for i = 0 .. target - 1, the present ones nearest to the even grid
     first + i * (last - first) / (target - 1), in increasing order (ties to the lower index). The grid lies on
-    original indices, so the later checks of a run find the same blocks. The others go first, then the
+    original indices, so the later checks of a run find the same blocks. A protected block that is not among them takes
+    the place of the nearest one. The others go first, then the
     inner blocks that stay, then the last block and at the very end the first. Within each part the next
     to go is the one that leaves the smallest gap, then the one farthest from any missing block, then the
     higher index.
     """
     present = list(request.kept_blocks)
-    stay = _evenly_spread(present, request.target_depth)
+    stay = _evenly_spread(present, request.target_depth, request.protected)
     ends = [present[-1], present[0]] if len(present) > 1 else present
     alternates = [b for b in present if b not in stay and b not in ends]
     inner = [b for b in present if b in stay and b not in ends]
     order: list[int] = []
+    displaced = [b for b in ends if request.protected and b not in stay]
     for group in (alternates, inner):
         while group:
             chosen = min(group, key=lambda b: _damage_to_spread(b, [p for p in present if p not in order]))
             order.append(chosen)
             group.remove(chosen)
-    return order + ends
+        order += displaced if group is alternates else []
+    return order + [b for b in ends if b not in displaced]
 
 
-def _evenly_spread(present: list[int], target: int) -> list[int]:
-    """`target` of the sorted blocks nearest to an even grid between the first and the last."""
+def _evenly_spread(present: list[int], target: int, protected: Sequence[int] = ()) -> list[int]:
+    """`target` of the sorted blocks nearest to an even grid between the first and the last, protected ones included."""
     if target >= len(present):
         return present
     step = (present[-1] - present[0]) / max(target - 1, 1)
@@ -203,13 +211,17 @@ def _evenly_spread(present: list[int], target: int) -> list[int]:
         position = min(reachable, key=lambda p: (abs(present[p] - (present[0] + i * step)), p))
         stay.append(present[position])
         start = position + 1
-    return stay
+    for block in (b for b in protected if b not in stay):
+        free = [b for b in stay if b not in protected]
+        stay[stay.index(min(free, key=lambda b: (abs(b - block), b)))] = block
+    return sorted(stay)
 
 
 def _damage_to_spread(block: int, present: list[int]) -> tuple[int, int, int]:
     """Sort key of an inner block: gap that its removal leaves, then far from a missing block, then high index first."""
     position = present.index(block)
-    gap = present[position + 1] - present[position - 1]
+    at_end = position in (0, len(present) - 1)  # once a protected block has taken the place of the end of the model
+    gap = 2 * len(present) + present[-1] if at_end else present[position + 1] - present[position - 1]
     missing = [b for b in range(present[0], present[-1]) if b not in present]
     return gap, -min((abs(block - m) for m in missing), default=0), -block
 

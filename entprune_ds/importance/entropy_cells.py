@@ -76,10 +76,10 @@ class EntropyGroups:
         self._check(total)
         return self._terms(total)
 
-    def replicates(self) -> Iterator[Tensor]:
-        """Differences (L,K) without each of the groups in turn."""
+    def replicates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The differences and the numbers of terms without spread, without each of the groups in turn."""
         for rest in leave_one_out(self.kept, self.merge):
-            yield self._terms(rest)[0]
+            yield self._terms(rest)
 
     def merge(self, a: Sequence[Kept], b: Sequence[Kept]) -> list[Kept]:
         """Two groups together, cell by cell."""

@@ -11,8 +11,9 @@ both ends of the model. The sum over gaps is smallest for even spacing. The best
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 WEIGHT = 1.0
@@ -40,27 +41,31 @@ def standardised(values: Mapping[int, float]) -> dict[int, float]:
     return {b: (v - mean) / spread if spread else 0.0 for b, v in values.items()}
 
 
-def even_keep_set(values: Mapping[int, float], target_depth: int, weight: float = WEIGHT) -> tuple[int, ...]:
+def even_keep_set(
+    values: Mapping[int, float], target_depth: int, weight: float = WEIGHT, must_stay: Collection[int] = ()
+) -> tuple[int, ...]:
     """The keep-set of the largest value, sorted; of equal ones that with the lower indices. Pure.
 
     Args:
         values: score of each present block, by original index; high stays.
         target_depth: blocks that stay, from 1 to all.
         weight: of the gaps; 0 keeps the highest scores wherever they lie.
+        must_stay: present blocks that every set has.
 
     Raises:
-        ValueError: when so many blocks are not present.
+        ValueError: when so many blocks are not present, or more must stay.
     """
     blocks = sorted(values)
-    if not 1 <= target_depth <= len(blocks):
-        raise ValueError(f"{target_depth} of {len(blocks)} blocks cannot stay.")
+    if not max(1, len(must_stay)) <= target_depth <= len(blocks):
+        raise ValueError(f"{target_depth} of {len(blocks)} blocks cannot stay where {len(must_stay)} must.")
     of_block = standardised(values)
     z = [of_block[b] for b in blocks]
     low, high = blocks[0] - 1, blocks[-1] + 1
     mean_gap = (high - low) / (target_depth + 1)
 
     def gap(a: int, b: int) -> float:
-        return weight * ((b - a) / mean_gap) ** 2
+        passed = any(a < block < b for block in must_stay)
+        return math.inf if passed else weight * ((b - a) / mean_gap) ** 2
 
     # paths[i]: value and places of the best set so far that ends with block i, which has one block more in every round
     paths: dict[int, tuple[float, tuple[int, ...]]] = {i: (z[i] - gap(low, b), (i,)) for i, b in enumerate(blocks)}

@@ -79,12 +79,13 @@ def by_criterion(request: RankingRequest, protected: Sequence[int], origin: str)
         at_hand = not criterion.races and (name in request.scores or name == "every_other")
         if not at_hand or origin not in (name, "criteria"):
             continue
-        order = [b for b in criterion.order(request) if b not in protected]
+        order = list(criterion.order(request))
+        places = {b: float(place) for place, b in enumerate(order)}
+        order = [b for b in order if b not in protected]
         together.append(Origin(_with(protected, order[len(order) - target :]), name))
         if name in request.scores:
-            places = {b: float(place) for place, b in enumerate(order)}
-            even = even_keep_set(places, target) if target else ()
-            spread.append(Origin(_with(protected, even), f"{name}, spread"))
+            even = even_keep_set(places, request.target_depth, must_stay=protected)
+            spread.append(Origin(even, f"{name}, spread"))
     return together + spread
 
 

@@ -60,14 +60,20 @@ def _stops(score: ScoreConfig) -> list[int]:
 
 
 def _resolved(m: Measuring, found: dict[str, Resampled], num_looks: int) -> bool:
-    """Whether the blocks that this check may remove are told apart from the rest. Collective: rank 0 decides.
+    """Whether the blocks that this check may remove are told apart from those that stay. Collective: rank 0 decides.
+
+    Protected blocks are neither.
 
     Every look is another chance to stop by luck, so each takes its share of the error allowed. A greedy ranking scores
     again after each block, so it is about one.
     """
     score, first = m.config.score, 1 if m.config.score.mode == "greedy" else m.removable
     confidence = 1 - (1 - score.confidence) / num_looks
-    done = separated(found[m.config.prune.criterion], m.kept_blocks, first, confidence) if comm.is_main() else None
+    done, name, protected = None, m.config.prune.criterion, m.config.protected_blocks
+    if comm.is_main():
+        free = [place for place, block in enumerate(m.kept_blocks) if block not in protected]
+        of_free = Resampled(found[name].values[free], found[name].replicates[:, free])
+        done = separated(of_free, [m.kept_blocks[place] for place in free], first, confidence)
     return comm.broadcast_json(done)
 
 

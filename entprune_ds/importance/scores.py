@@ -17,6 +17,10 @@ from entprune_ds.importance.sweep_statistics import GroupStatistics, merge, merg
 
 MAX_LEFT_OUT = 0.01
 """Largest share of entropy terms without spread; above it the entropy says nothing."""
+TOO_FEW_FOR_ERRORS = (
+    "the entropy says nothing once a group of draws is left out, as standard errors need it: a cell has too few draws. "
+    "Raise `score.draws`, or lower `score.batch_size`, `score.knn_k` or the number of cells. Nothing was removed."
+)
 MOST_GROUPS = 16
 """Groups that the jackknife leaves out one by one; more are put together, for the cost of an entropy each."""
 
@@ -116,7 +120,13 @@ def _entropy_scores(entropy: EntropyGroups, kept_blocks: Sequence[int], needed: 
         if needed:
             raise ValueError(problem)
         return {}
-    rest = [(t.sum(1), t.abs().sum(1)) for t in entropy.replicates()]
+    rest = []
+    for part, lost in entropy.replicates():
+        rest.append((part.sum(1), part.abs().sum(1)))
+        if (lost - left_out).max() > MAX_LEFT_OUT * terms.shape[1]:  # an error of 0 would pass for certainty
+            if needed:
+                raise ValueError(TOO_FEW_FOR_ERRORS)
+            return {}
     signed = Resampled(terms.sum(1), torch.stack([plain for plain, _ in rest]))
     sign = torch.where(signed.values < 0, -1.0, 1.0).to(signed.values)
     found = {"ced": Resampled(signed.values.abs(), signed.replicates * sign), "signed_ced": signed}
