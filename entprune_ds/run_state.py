@@ -128,6 +128,8 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     run.recovery = recovery
     run.saved = step if found is not None else -1
     run.validation, run.validations = validation_draws(config), validations
+    if validations and validations[-1][0] == step:  # it stands in the metrics already
+        run.validated = (step, engine.depth)
     run.soft = open_soft(config, engine, None if found is None else found.manifest["record"].get("soft"))
     return run
 

@@ -57,8 +57,7 @@ def validate(run: Run) -> None:
         for key, suffix in (("weight", ""), ("ema", "_ema"))
     }
     size = sum(math.prod(shape) for shape in run.engine.shapes.values())
-    known = [v for v in run.validations if v[:2] != (run.step, size)]  # a run that goes on from here has it already
-    run.validations = [*known, (run.step, size, values["train/validation_loss"])]
+    run.validations.append((run.step, size, values["train/validation_loss"]))
     run.monitor.log(run.step, values | {"train/depth": run.engine.depth})
     log.info("step %d: validation loss %.5f, EMA %.5f", run.step, *values.values())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from entprune_ds.config import Config, DistillConfig, ModelConfig, TrainConfig
+from entprune_ds.config import Config, DistillConfig, ModelConfig, SoftConfig, TrainConfig
 from entprune_ds.diffusion.objective import FlowObjective, build_objective
 from entprune_ds.interop.safetensors import write_export
 from entprune_ds.interop.source import Source
@@ -236,6 +236,8 @@ def test_a_teacher_that_cannot_teach_is_refused_with_what_differs(teacher, tmp_p
     assert "`diffusion.path` is gvp" in problem(diffusion=replace(config.diffusion, path="gvp"))
     assert "there is no teacher" in problem(distill=DistillConfig(kind="output"))
     assert "nothing is removed" in problem(distill=replace(config.distill, start=None))
+    softly = replace(config, distill=replace(config.distill, start=None), soft=SoftConfig(every=5, target_macs=0.5))
+    assert teacher_problems(softly) == []
     assert "does not exist" in problem(distill=replace(config.distill, teacher=str(tmp_path / "nowhere")))
     raw = random_source(MODEL)
     raw = str(write_export(tmp_path / "raw", replace(raw, facts=raw.facts | {"weights": "raw"})))

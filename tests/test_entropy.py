@@ -248,6 +248,15 @@ def test_a_model_without_spread_has_no_entropy_but_its_other_scores():
         measure_sweep(toy_check(lambda x: 0 * x, estimator="knn", knn_dim=4), entropy_needed=True)
 
 
+@pytest.mark.parametrize(
+    "few", [dict(draws=2, batch_size=1), dict(draws=64, batch_size=32, estimator="knn", knn_dim=2, knn_k=40)]
+)
+def test_an_error_of_0_for_want_of_draws_is_no_certainty(few):
+    with pytest.raises(RuntimeError, match=r"says nothing once a group of draws is left out.*Raise `score.draws`"):
+        measure_sweep(toy_check(lambda x: x / 2, **few), entropy_needed=True)
+    assert "ced" not in measure_sweep(toy_check(lambda x: x / 2, **few))
+
+
 def test_a_number_that_is_not_finite_is_named_while_the_basis_is_fitted():
     m = toy_check(lambda x: x, lambda x: x / 0, estimator="knn")
     with pytest.raises(RuntimeError, match=r"check 0: the output of block 1 is NaN or infinite"):

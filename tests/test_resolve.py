@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from entprune_ds.config import Config, PruneConfig, ScoreConfig
+from entprune_ds.config import Config, PruneConfig, ScoreConfig, problems_of
 from entprune_ds.config_checks_prune import SWEEP_CRITERIA
 from entprune_ds.coordinator import measuring, run_check
 from entprune_ds.importance import leave_one_out as leave_one_out_module
@@ -116,6 +116,15 @@ def test_an_easy_case_stops_at_once_and_a_tie_spends_the_budget():
     assert drawn(0.0, 0.0, 0.9, removable=1, until="draws") == 64
 
 
+def test_protected_blocks_are_not_waited_for():
+    """The first block cannot go, so its score settles nothing: the next two, of which one goes, are alike."""
+    m = toy_check(*(damage(s) for s in (0.01, 0.1, 0.1, 0.9)), criterion="mse", draws=64, batch_size=16,
+                  until="resolved", max_draws=512)  # fmt: skip
+    assert next(iter(measure_sweep(m)["mse"].values())).draws == 64
+    protected = replace(m.config, prune=replace(m.config.prune, protected_blocks=(0,)))
+    assert next(iter(measure_sweep(replace(m, config=protected))["mse"].values())).draws == 512
+
+
 def test_a_case_in_between_takes_some_draws_and_more_for_more_confidence():
     taken = [drawn(0.30, 0.305, 0.9, removable=1, confidence=c) for c in (0.2, 0.9999)]
     assert 64 <= taken[0] < taken[1] <= 512
@@ -137,6 +146,9 @@ def test_every_look_takes_its_share_of_the_error():
 
 def test_criteria_that_can_be_resolved_are_ranked_by_the_sweep():
     assert set(SWEEP_CRITERIA) <= CRITERIA_NEED_SWEEP
+    races = PruneConfig(criterion="recovery_race", target_depth=4, num_checks=1)
+    config = Config(prune=races, score=ScoreConfig(until="resolved"))
+    assert any("`score.until` resolved needs a criterion" in problem for problem in problems_of(config))
 
 
 # ---------------------------------------------------------------- where it is recorded

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from entprune_ds.cli.compare_scores import score_sets
+from entprune_ds.cli.sample import sampling_problems
 from entprune_ds.cli.score import main
 from entprune_ds.config import ModelConfig, load_config
 from entprune_ds.config_checks_prune import CRITERIA
@@ -138,6 +139,8 @@ def test_bad_input_is_refused_in_words(export, digits, tmp_path, capsys, monkeyp
         "--replay takes one run folder": ["--replay"],
         "decisions.jsonl is missing": ["--replay", str(tmp_path)],
         "is not a setting": [f"weights={export}", data, "score.mood=1"],
+        "`prune.combined` may hold": [f"weights={export}", data, "prune.combined=[combined:1]"],
+        "`score.until` resolved needs": [f"weights={export}", data, "score.until=resolved", "prune.criterion=taylor"],
     }
     for expected, arguments in cases.items():
         assert main(arguments) == 2, expected
@@ -146,6 +149,14 @@ def test_bad_input_is_refused_in_words(export, digits, tmp_path, capsys, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "64")
     assert main([f"weights={export}", data, *SETTINGS]) == 2
     assert "at least the number of ranks (64)" in capsys.readouterr().err
+
+
+def test_a_model_of_a_run_that_prunes_softly_or_ranks_greedily_is_scored_and_sampled(export, digits, tmp_path):
+    soft = ["soft.every=10", "soft.target_macs=0.1", "score.mode=greedy", "score.criteria=[loss,every_other]"]
+    place = [f"weights={export}", f"data.shards={digits}/train", *SETTINGS, *soft]
+    assert main([*place, f"out={tmp_path}/scores"]) == 0
+    assert set(scored(tmp_path / "scores")["criteria"]) == {"loss", "every_other"}
+    assert sampling_problems(load_config(place[1:], check=lambda config: []), export) == []
 
 
 @pytest.mark.full

@@ -84,10 +84,12 @@ def test_checks_that_remove_nothing_change_nothing(digits, tmp_path, ds_config, 
 
 def test_a_run_prunes_exports_and_resumes_exactly(digits, tmp_path):
     whole = tmp_path / "whole"
-    first = run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole")])
+    more = ("train.validate_every=4", "prune.recovery_tolerance=1000")  # the second check reads one of its own step
+    first = run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, "whole", *more)])
     assert first == [[0], [0]]
     decisions = [json.loads(line) for line in (whole / "decisions.jsonl").read_text().splitlines()]
     assert [d["step"] for d in decisions] == [0, 4]
+    assert [step for step, *_ in decisions[-1]["state"]["validations"]] == [0, 4]
     assert len(decisions[-1]["kept_blocks"]) == 2
     model, facts = load_model(whole / "model")
     assert facts["kept_blocks"] == decisions[-1]["kept_blocks"]
@@ -102,7 +104,7 @@ def test_a_run_prunes_exports_and_resumes_exactly(digits, tmp_path):
         stray = dict(decisions[-1], step=9)
         with open(cut / "decisions.jsonl", "a") as file:
             file.write(json.dumps(stray) + "\n")
-        run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, name)])
+        run_ranks("tests.workers.training:train", 2, runs=[words(digits, tmp_path, name, *more)])
         assert losses(cut) == losses(whole)
         assert what_was_logged(cut) == what_was_logged(whole)
         assert equal_state(cut / "checkpoints/step_00000012", whole / "checkpoints/step_00000012")
