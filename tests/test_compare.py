@@ -390,6 +390,8 @@ def test_the_winner_is_told_with_its_margins_paired_and_unpaired():
     ahead = "**like** is ahead of far; within 2 of near"
     assert ahead in margins(ROWS, "like") and margins(ROWS, "near") == "" == margins(ROWS, "absent")
     assert "**far** is behind near, like" in margins(ROWS, "far")
+    level = [*ROWS, *(plain("level", seed, 21 + 2 * seed) for seed in range(3))]
+    assert "**like** is ahead of far; within 2 of near, level" in margins(level, "like")
     assert standing(ROWS[:1]).endswith("(n = 1).") and "no standard errors" in standing([ROWS[0], ROWS[3]])
 
 
