@@ -61,6 +61,7 @@ def _too_few_draws(config: Config, of_sweep: tuple[str, ...]) -> list[str]:
     if score.until == "resolved" and score.max_draws < score.draws:
         found.append(f"`score.max_draws` must be at least `score.draws` ({score.draws}), got {score.max_draws}.")
     if score.until == "resolved" and config.prune.criterion not in of_sweep:
-        message = f"`score.until` resolved needs a criterion with standard errors ({', '.join(of_sweep)}), "
-        found.append(message + f"got {config.prune.criterion}. Set score.until=draws.")
+        message = f"`score.until` resolved is of the sweep, on which `prune.criterion` {config.prune.criterion} "
+        remedy = f"Set score.until=draws, or choose one of {', '.join(of_sweep)}."
+        found.append(f"{message}does not depend. {remedy}")
     return found

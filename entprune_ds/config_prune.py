@@ -13,7 +13,7 @@ class PruneConfig:
     criterion: str = "ced"
     """Which blocks go first: ced, ced_abs, loss, mse, ld_pruner, flux_lite, shortgpt, magnitude_l1, magnitude_l2,
     taylor, diff_pruning, spread_taylor, gradient_flow, learned, recovery_race, random, every_other, explicit, combined,
-    or a .py file of yours: see docs/CRITERIA.md."""
+    or a .py file of yours. ced is the paper's; docs/CRITERIA.md says what healed best, and the presets take that."""
     explicit_order: tuple[int, ...] = ()
     """criterion=explicit: original block indices in the order of removal."""
     combined: tuple[str, ...] = ()

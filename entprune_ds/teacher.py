@@ -52,8 +52,11 @@ def teacher_problems(config: Config) -> list[str]:
         return [f"`distill.teacher`: {error}"]
     if not distill.teacher and source.facts["weights"] != "ema":
         message = f"`distill.teacher` is empty, and model.weights ({path}) is not known to hold EMA weights "
-        message += f"({source.facts['weights']}). Export the model with weights=ema, or name the teacher: "
-        return [f"{message}distill.teacher={path}"]
+        message += f"({source.facts['weights']}). Export the run with weights=ema; released weights are EMA weights "
+        return [f"{message}already: name them, distill.teacher={path}"]
+    if "label_table" in source.facts:
+        message = f"`distill.teacher` ({path}) has a label table that is {source.facts['label_table']}, and has not "
+        return [message + "learned these classes. Train it on them first, without pruning, and take that model."]
     found = _differences(config.model, source.model, path) or diffusion_problems(config.diffusion, source, path)
     prune = config.prune
     removes = bool(config.soft.every) or (prune.target_depth is not None and not prune.score_only)
@@ -68,7 +71,10 @@ def _differences(student: ModelConfig, teacher: ModelConfig, path: Path) -> list
     if wrong:
         values = ", ".join(f"`model.{k}` {getattr(student, k)} against {getattr(teacher, k)}" for k in wrong)
         message = f"`distill.teacher` ({path}) has another architecture than the student: {values}. "
-        return [message + "Take the model that the student is made from."]
+        remedy = "Take the model that the student is made from."
+        if wrong == ["num_classes"]:
+            remedy = "Train it on the new classes first, without pruning, and take that model for both."
+        return [message + remedy]
     missing = sorted(set(student.blocks) - set(teacher.blocks))
     if missing:
         message = f"`distill.teacher` ({path}) has no blocks {missing}, which the student has. "

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from entprune_ds.cli import compare_worker
+from entprune_ds.cli import compare_worker, evaluate
 from entprune_ds.cli.compare import main
 from entprune_ds.cli.compare_base import base_config, base_path, other_base
 from entprune_ds.cli.compare_metrics import check_seconds, damage, equal_step, spent, validation_losses
@@ -33,8 +33,10 @@ from entprune_ds.cli.compare_text import (
     standing,
 )
 from entprune_ds.cli.compare_worker import attempt, failure_path, log_path, work
+from entprune_ds.cli.evaluate import extractor_problem
 from entprune_ds.config import Config, ModelConfig, load_config, problems_of, to_yaml
 from entprune_ds.config_checks_compare import compare_problems
+from entprune_ds.data.index import load_index
 from entprune_ds.evaluation.compare import difference, mean_of, rank_correlations
 from entprune_ds.evaluation.memorisation import memorisation, nearest_distances
 from entprune_ds.mac_counter import MacCounter, counted
@@ -602,6 +604,15 @@ def test_impossible_comparisons_are_refused_with_all_problems(digits, tmp_path, 
     assert "`compare.depths` is empty" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "base=/nowhere")
     assert "/nowhere" in line
+    index = load_index(f"{digits}/train")
+    assert extractor_problem(index) == "" and "holds [1, 8, 8] with 5 classes" in extractor_problem(
+        replace(index, num_classes=5)
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluate, "extractor_problem", lambda index: "made for digits.")
+        assert refusal(capsys, *data, "target_depth=4") == [
+            "error: `data.shards`: made for digits. Compare there by the validation losses of single runs."
+        ]
     preset = tmp_path / "mine.yaml"
     preset.write_text("compare: {criteria: [mine.py]}")
     (line,) = refusal(capsys, *data[1:], f"preset={preset}", "target_depth=4")

@@ -241,6 +241,10 @@ def test_a_teacher_that_cannot_teach_is_refused_with_what_differs(teacher, tmp_p
     assert "does not exist" in problem(distill=replace(config.distill, teacher=str(tmp_path / "nowhere")))
     raw = random_source(MODEL)
     raw = str(write_export(tmp_path / "raw", replace(raw, facts=raw.facts | {"weights": "raw"})))
+    fresh, new = random_source(MODEL), {"label_table": "new for 3 classes"}
+    fresh = str(write_export(tmp_path / "fresh", replace(fresh, facts=fresh.facts | new)))
+    assert "has not learned these classes" in problem(distill=replace(config.distill, teacher=fresh))
+    assert "Train it on the new classes first" in problem(model=replace(MODEL, num_classes=5))
     assert f"distill.teacher={raw}" in problem(model=replace(MODEL, weights=raw), distill=DistillConfig(kind="output"))
     broken = random_source(MODEL)
     broken.read("blocks.2.mlp.fc1.bias")[3] = math.nan

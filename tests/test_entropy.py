@@ -362,7 +362,7 @@ score.rank=32 score.estimator=low_rank score.timestep_buckets=4 -> at most 25 fo
 score.draws=1024 score.timestep_buckets=33                      -> at least 1056 for 32 draws in each
 score.draws=64 score.batch_size=32 score.within_class=[0,1,2]   -> at least 96 for 32 draws in each
 score.max_draws=512 score.until=resolved                        -> at least `score.draws` (1024), got 512
-score.until=resolved prune.criterion=random                     -> needs a criterion with standard errors (ced
+score.until=resolved prune.criterion=random                     -> random does not depend. Set score.until=draws
 prune.criterion=ced_abs score.estimator=knn                     -> nothing can cancel
 prune.criterion=ced_abs score.estimator=scalar                  -> nothing can cancel
 score.rank=20 score.estimator=low_rank model.input_size=4 model.in_channels=1 -> at most the 16 elements

@@ -148,7 +148,7 @@ def test_criteria_that_can_be_resolved_are_ranked_by_the_sweep():
     assert set(SWEEP_CRITERIA) <= CRITERIA_NEED_SWEEP
     races = PruneConfig(criterion="recovery_race", target_depth=4, num_checks=1)
     config = Config(prune=races, score=ScoreConfig(until="resolved"))
-    assert any("`score.until` resolved needs a criterion" in problem for problem in problems_of(config))
+    assert any("recovery_race does not depend. Set score.until=draws" in problem for problem in problems_of(config))
 
 
 # ---------------------------------------------------------------- where it is recorded

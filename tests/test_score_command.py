@@ -159,6 +159,19 @@ def test_a_model_of_a_run_that_prunes_softly_or_ranks_greedily_is_scored_and_sam
     assert sampling_problems(load_config(place[1:], check=lambda config: []), export) == []
 
 
+def test_a_diffusion_model_is_scored_without_a_preset(digits, tmp_path):
+    model = replace(MODEL, process="dit", learn_sigma=True)
+    shapes = parameter_shapes(model)
+
+    def read(name: str) -> torch.Tensor:
+        return torch.randn(shapes[name], generator=generator_for(0, name)) / shapes[name][-1] ** 0.5
+
+    write_export(tmp_path / "dit", Source(model, read, {"weights": "plain", "step": None}))
+    place = [f"weights={tmp_path}/dit", f"data.shards={digits}/train", f"out={tmp_path}/scores", *SETTINGS]
+    assert main([*place, "score.criteria=[loss,magnitude_l1]"]) == 0
+    assert set(scored(tmp_path / "scores")["criteria"]) == {"loss", "magnitude_l1"}
+
+
 @pytest.mark.full
 def test_a_run_that_waits_and_its_scores_on_two_ranks(digits, tmp_path, capsys):
     run = tmp_path / "waits"

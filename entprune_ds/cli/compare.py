@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 HELP = """\
 Compare criteria: one training per criterion and seed, over the ordinary trainer, all from the same base, on the same
 draws, with the same recovery. Each row is then sampled and measured: FID, KID, class accuracy, validation loss, damage
-(rise of the validation loss at the removal), latency, and what its checks cost.
+(rise of the validation loss at the removal), latency, and what its checks cost. FID and accuracy are those of the
+built-in extractor, which knows digits only (1x8x8, 10 classes); the workers are meant for CPUs, a thread each.
 
   entprune-ds compare preset=digits data.shards=data_digits/train target_depth=4 --dry-run     the plan, and its time
   entprune-ds compare preset=digits data.shards=data_digits/train target_depth=4 criteria=[ced,loss,random] seeds=[0,1]
@@ -103,9 +104,16 @@ def _problems(config: Config) -> list[str]:
     from entprune_ds.cli.compare_base import base_config, base_path
     from entprune_ds.cli.compare_plan import row_config, rows_of, studies
     from entprune_ds.cli.compare_sources import other_settings
+    from entprune_ds.cli.evaluate import extractor_problem
     from entprune_ds.cli.sample import sampling_problems
-    from entprune_ds.preflight import training_problems
+    from entprune_ds.data.index import load_index
+    from entprune_ds.preflight import data_problems, training_problems
 
+    found = data_problems(config)
+    if not found and (problem := extractor_problem(load_index(config.data.shards, config.data.allow_pipe))):
+        found = [f"`data.shards`: {problem} Compare there by the validation losses of single runs."]
+    if found:
+        return found
     model, here = base_model(config), base_path(config).is_dir()
     if not here:
         found += training_problems(base_config(config))

@@ -11,9 +11,12 @@ from entprune_ds.config import Config, ConfigError, load_config, to_yaml
 from entprune_ds.data.index import load_index
 from entprune_ds.engine.checkpoint import step_folders
 from entprune_ds.estimate_teacher import teacher_memory
+from entprune_ds.importance.stack_memory import stack_rows, stream_bytes
 from entprune_ds.interop.weights import open_weights
 from entprune_ds.models.registry import count_parameters
 from entprune_ds.preflight import training_problems
+from entprune_ds.pruning.schedule import blocks_per_check, planned_checks
+from entprune_ds.ranking import needed_criteria
 from entprune_ds.redact import redacted
 from entprune_ds.rollback import rollback_pending
 from entprune_ds.teacher import first_step, teacher_path
@@ -40,6 +43,7 @@ def describe(words: list[str]) -> int:
         print(to_yaml(config), end="")
         print(f"# {count_parameters(config.model):,} parameters")
         print(*layout_lines(config, world_size), *need_lines(config, world_size, local), sep="\n")
+        print(*check_lines(config, world_size), sep="\n", end="\n" if planned_checks(config) else "")
         print(_data_line(config), _weights_line(config), *_teacher_lines(config, world_size), sep="\n")
     return 0
 
@@ -112,6 +116,20 @@ def _resize_lines(config: Config, world_size: int, local: int, constants: dict) 
         f"# a resize from {depth} to {resize.depth} blocks: about {resize.seconds:.2g} s; between ranks travel",
         f"#   {_size(resize.moved)} of state, and a rank parks at most {_size(resize.parked)} in {where}{node}",
     ]
+
+
+def check_lines(config: Config, world_size: int) -> list[str]:
+    """When the checks stand, what each may remove, and what its sweep takes; empty without any."""
+    steps, depth = planned_checks(config), len(config.model.blocks)
+    if not steps:
+        return []
+    listed = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
+    most, left = blocks_per_check(config.prune, depth), config.train.num_steps - steps[-1]
+    lines = [f"# checks at steps {listed}: each removes at most {most} of {depth} blocks; {left} steps follow the last"]
+    if config.score.sweep == "always" or any(c.needs_sweep for c in needed_criteria(config)):
+        stack = stack_rows(config, depth) * stream_bytes(config, world_size)
+        lines.append(f"#   the sweep of a check takes {_size(stack)} more on a rank (score.batch_size, score.sweep)")
+    return lines
 
 
 def _source_lines(constants: dict) -> list[str]:

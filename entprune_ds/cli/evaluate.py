@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help, with_run
 from entprune_ds.cli.sample import draw, protocol_path, sampling_problems
 from entprune_ds.config import Config, ConfigError, load_config, problems_of
+
+if TYPE_CHECKING:
+    from entprune_ds.data.index import Index
 
 HELP = """\
 Measure an exported model: FID and KID (clean-fid's functions) against the whole data set and the validation split,
@@ -105,6 +108,14 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any]:
     return result
 
 
+def extractor_problem(index: Index) -> str:
+    """Why the built-in extractor says nothing about some data; empty where it does."""
+    if tuple(index.shape) == (1, 8, 8) and index.num_classes == 10:
+        return ""
+    message = f"the built-in extractor is made for digits (1x8x8, 10 classes), {index.folder} holds "
+    return message + f"{list(index.shape)} with {index.num_classes} classes."
+
+
 def real_images(config: Config, cache: Path) -> tuple[np.ndarray, np.ndarray, Any, Any]:
     """Training and validation images, uint8 (N,H,W,C), the extractor made from them, and the folder of the shards.
 
@@ -119,9 +130,8 @@ def real_images(config: Config, cache: Path) -> tuple[np.ndarray, np.ndarray, An
 
     pipe = config.data.allow_pipe
     index = load_index(config.data.shards, pipe)
-    if tuple(index.shape) != (1, 8, 8) or index.num_classes != 10:
-        message = f"the built-in extractor is made for digits (1x8x8, 10 classes), {index.folder} holds "
-        raise ValueError(message + f"{list(index.shape)} with {index.num_classes} classes.")
+    if problem := extractor_problem(index):
+        raise ValueError(problem)
     (train, train_labels), (val, val_labels) = read_all(index), read_all(validation_spec(config), pipe)
     images, val_images = to_uint8(train), to_uint8(val)
     extractor = load_or_train(images, train_labels.numpy(), val_images, val_labels.numpy(), cache=cache)

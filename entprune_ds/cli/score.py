@@ -19,7 +19,8 @@ from entprune_ds.cli.common import (
     wants_help,
     with_run,
 )
-from entprune_ds.config import Config, ConfigError, PruneConfig, SoftConfig, load_config, problems_of
+from entprune_ds.config import Config, ConfigError, PruneConfig, SampleConfig, SoftConfig, load_config, problems_of
+from entprune_ds.config_checks import SAMPLERS
 from entprune_ds.config_methods import SWEEP_CRITERIA
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ def _load(words: list[str], folder: Path | None) -> tuple[Config, Source]:
     asked, score = config.prune, config.score
     once = replace(score, mode="once")  # one scoring for all criteria, whatever the run does
     prune = PruneConfig(target_depth=target, num_checks=1, combined=asked.combined)
-    found = found or problems_of(replace(config, prune=prune, score=once, soft=SoftConfig())) or data_problems(config)
+    sample = SampleConfig(sampler=SAMPLERS[source.model.process][0])  # nothing is sampled
+    checked = replace(config, prune=prune, score=once, soft=SoftConfig(), sample=sample)
+    found = found or problems_of(checked) or data_problems(config)
     if score.until == "resolved" and asked.criterion not in SWEEP_CRITERIA:
         message = f"`score.until` resolved needs `prune.criterion` to be one of {', '.join(SWEEP_CRITERIA)}, whose "
         found.append(f"{message}blocks are told apart, got {asked.criterion}. Set it, or score.until=draws.")

@@ -8,10 +8,12 @@ from entprune_ds.cli.common import help_text, launched_words, leave, refuse, wan
 from entprune_ds.config import ConfigError, load_config
 
 HELP = """\
-Train a flow transformer under DeepSpeed and remove whole blocks while it trains.
+Train a diffusion or flow transformer (DiT, SiT) under DeepSpeed and remove blocks, heads or channels while it trains.
 
   deepspeed --num_gpus 2 --module entprune_ds.cli.train preset=digits data.shards=data_digits/train
-  deepspeed --num_gpus 8 --module entprune_ds.cli.train preset=digits_prune model.weights=runs/base/model run.name=small
+  deepspeed --num_gpus 2 --module entprune_ds.cli.train preset=digits_prune model.weights=runs/base/model run.name=small
+  deepspeed --num_gpus 8 --module entprune_ds.cli.train preset=dit_xl2_256 model.weights=dit_xl2 \
+      data.shards=latents/train prune.target_depth=14 prune.end_step=20000 train.num_steps=100000
   torchrun --nproc_per_node 8 -m entprune_ds.cli.train preset=...
   python -m entprune_ds.cli.train preset=...                    (one process)
 
