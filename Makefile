@@ -32,6 +32,7 @@ compare: install
 	$(BIN)/entprune-ds compare preset=digits_compare criteria=[$(COMPARED)] study=[$(STUDIES)] $(SETTINGS)
 	cp runs/compare/compare.md docs/compare_digits.md
 	cp runs/compare/compare.json docs/compare_digits.json
+	cp runs/compare/criteria_fid.png docs/compare_digits.png
 
 test: install lint
 	$(BIN)/python -m pytest -q -m "not full"
