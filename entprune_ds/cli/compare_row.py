@@ -86,7 +86,7 @@ def run_row(bench: Bench, row: Row, sources: dict[str, str]) -> None:
     """
     config, compare = bench.config, bench.config.compare
     settings, path = row_config(config, row, bench.model, bench.out), result_path(bench.out, row.name)
-    new = {"digest": row_digest(settings), "sources": sources, "row": asdict(row), "seconds": 0.0}
+    new: dict[str, Any] = {"digest": row_digest(settings), "sources": sources, "row": asdict(row), "seconds": 0.0}
     result = read_result(bench.out, row.name) or new
     path.parent.mkdir(exist_ok=True)
     result |= {k: result.get(k, {}) for k in ("stops", "probes", "samplings")}
