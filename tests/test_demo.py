@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 TINY = [
     "model.hidden_size=32", "model.num_heads=2", "train.num_steps=12", "train.global_batch_size=16",
     "train.warmup_steps=0", "train.validate_every=6", "train.validation_draws=32", "train.checkpoint_every=6",
-    "prune.num_checks=2", "prune.end_step=8", "score.draws=64", "score.batch_size=32",
+    "prune.num_checks=2", "prune.max_blocks_per_check=2", "prune.end_step=8", "score.draws=64", "score.batch_size=32",
     "prune.ntk_samples=4", "prune.ntk_repeats=1", "prune.zico_batches=2", "prune.zico_batch_size=4",
     "sample.num_samples=80", "sample.num_steps=2", "sample.grid=20", "evaluate.latency_repeats=3",
 ]  # fmt: skip
