@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from entprune_ds.config_checks_evaluation import evaluation_problems
 from entprune_ds.config_checks_prune import pruning_problems
 from entprune_ds.config_schema import Config, ModelConfig
 
@@ -70,6 +71,7 @@ def problems_of(config: Config) -> list[str]:
     positive("evaluate", config.evaluate, "latency_repeats")
     bad_batches = [b for b in config.evaluate.latency_batches if b < 1]
     require(not bad_batches, f"`evaluate.latency_batches` must be above 0, got {bad_batches}.")
+    found += evaluation_problems(config)
     positive("monitor", config.monitor, "log_every")
     require(
         config.monitor.sample_every >= 0,

@@ -38,9 +38,11 @@ class SampleConfig:
     num_samples: int = 1797
     """Samples to draw; labels follow `labels`."""
     batch_size: int = 256
-    """Samples drawn together."""
+    """Samples drawn together, and kept in one file until all are there; a kill costs at most these, on every rank."""
     seed: int = 0
-    """Seed; every sample has its own stream, so the number of ranks and the batch do not matter."""
+    """Seed; every sample has its own stream, so the number of ranks does not matter."""
+    tf32: bool = False
+    """Round the inputs of fp32 products on GPUs to TF32: faster; DiT's published samples were drawn with it."""
     labels: str = "uniform"
     """Labels: uniform (independent uniform draws) or balanced (0, 1, 2, ... repeated)."""
     out: str = ""
@@ -58,8 +60,34 @@ class EvalConfig:
     latency_repeats: int = 15
     """Interleaved repeats of the latency measurement; the median counts."""
     samples: str = ""
-    """Samples of the model, an npz written by `entprune-ds sample`; empty draws them now."""
+    """Samples of the model, an npz or folder written by `entprune-ds sample`; empty draws them now."""
     baseline_samples: str = ""
     """Samples of the baseline, likewise."""
     out: str = ""
     """JSON file of the figures."""
+    extractor: str = "digits"
+    """Network of the figures: digits (built in), inception, or a file of one's own: .py, or torchscript (.pt)."""
+    inception: str = ""
+    """Local file of the Inception weights; empty takes clean-fid's from the temporary folder, or downloads it there."""
+    mode: str = "legacy_tensorflow"
+    """Inception and resizing of clean-fid: clean, legacy_pytorch, or legacy_tensorflow (ADM's, of papers' tables)."""
+    reference: str = ""
+    """Real images: npz of statistics (evaluate.save_reference, ADM's), npz or folder of images; empty: data.shards."""
+    save_reference: str = ""
+    """npz to write the statistics of the reference to, for later evaluations."""
+    metrics: tuple[str, ...] = ()
+    """Figures, some of fid, kid, sfid, is, precision_recall; empty: all that extractor and reference allow."""
+    neighbours: int = 3
+    """Neighbours that make the radius of an example's ball in precision and recall."""
+    kid_seed: int = 0
+    """numpy seed of the subsets of KID."""
+    batch_size: int = 64
+    """Images that the extractor looks at together."""
+    latency_table: bool = False
+    """Also time depth x batch x precision x compile (beside parameters and multiply-accumulates): OUT_latency.md."""
+    latency_depths: tuple[int, ...] = ()
+    """Depths of the table, the model's first blocks; empty: the depth of the model, and of the baseline."""
+    latency_precisions: tuple[str, ...] = ("fp32",)
+    """Precisions of the table: fp32, bf16, and on GPUs tf32."""
+    latency_compile: tuple[bool, ...] = (False,)
+    """Whether blocks are compiled in the table: [false], [true] or both."""

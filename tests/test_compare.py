@@ -33,7 +33,7 @@ from entprune_ds.cli.compare_text import (
     standing,
 )
 from entprune_ds.cli.compare_worker import attempt, failure_path, log_path, work
-from entprune_ds.cli.evaluate import extractor_problem
+from entprune_ds.cli.evaluate_inputs import extractor_problem
 from entprune_ds.config import Config, ModelConfig, load_config, problems_of, to_yaml
 from entprune_ds.config_checks_compare import compare_problems
 from entprune_ds.data.index import load_index

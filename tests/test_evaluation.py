@@ -21,7 +21,8 @@ from entprune_ds.cli import evaluate
 from entprune_ds.evaluation import features, latency
 from entprune_ds.evaluation.fid import class_accuracy, evaluate_samples, fid, kid, require_sqrtm_disp
 from entprune_ds.evaluation.generate import generate, make_labels
-from entprune_ds.evaluation.images import from_uint8, load_npz, save_folder, save_grid, save_npz, to_uint8
+from entprune_ds.evaluation.images import from_uint8, load_npz, save_folder, save_grid, to_uint8
+from entprune_ds.evaluation.npz import save_npz
 from entprune_ds.interop.safetensors import write_export
 from entprune_ds.interop.source import Source
 from entprune_ds.interop.tensors import parameter_shapes

@@ -104,7 +104,7 @@ def _problems(config: Config) -> list[str]:
     from entprune_ds.cli.compare_base import base_config, base_path
     from entprune_ds.cli.compare_plan import row_config, rows_of, studies
     from entprune_ds.cli.compare_sources import other_settings
-    from entprune_ds.cli.evaluate import extractor_problem
+    from entprune_ds.cli.evaluate_inputs import extractor_problem
     from entprune_ds.cli.sample import sampling_problems
     from entprune_ds.data.index import load_index
     from entprune_ds.preflight import data_problems, training_problems

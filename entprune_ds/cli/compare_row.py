@@ -17,8 +17,9 @@ from entprune_ds import comm
 from entprune_ds.atomic import write_text
 from entprune_ds.cli.compare_metrics import VALIDATION, check_seconds, damage, equal_step, spent, validation_losses
 from entprune_ds.cli.compare_plan import Row, removals, row_config, row_digest
-from entprune_ds.cli.evaluate import latency, real_images
-from entprune_ds.cli.sample import draw
+from entprune_ds.cli.drawing import draw
+from entprune_ds.cli.evaluate import latency
+from entprune_ds.cli.evaluate_inputs import real_images
 from entprune_ds.config import CompareConfig, Config, ModelConfig
 from entprune_ds.diffusion.objective import build_objective
 from entprune_ds.engine.checkpoint import step_folders

@@ -1,38 +1,40 @@
-"""`entprune-ds evaluate`: FID, KID, class accuracy and latency of a model, and of the baseline beside it."""
+"""`entprune-ds evaluate`: FID and its kin, and latency, of a model and of the baseline beside it."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help, with_run
-from entprune_ds.cli.sample import draw, protocol_path, sampling_problems
+from entprune_ds.cli.common import help_text, launched_words, leave, refuse, split_shortcuts, wants_help, with_run
+from entprune_ds.cli.sample import protocol_path, sampling_problems
 from entprune_ds.config import Config, ConfigError, load_config, problems_of
 
-if TYPE_CHECKING:
-    from entprune_ds.data.index import Index
-
 HELP = """\
-Measure an exported model: FID and KID (clean-fid's functions) against the whole data set and the validation split,
-class accuracy of the samples, and the latency of a forward pass, interleaved with that of a baseline: the speed-up is
-the median of the ratios of neighbouring measurements, with their interquartile range.
+Measure an exported model: FID, KID (clean-fid's function), sFID, Inception score, precision and recall of its samples
+against real images, class accuracy where the extractor knows the classes, and the latency of a forward pass,
+interleaved with that of a baseline: the speed-up is the median of the ratios of neighbouring measurements, with their
+interquartile range. Every figure is stored and printed with what it depends on.
 
   entprune-ds evaluate run=runs/demo evaluate.baseline=runs/demo_base/model
   entprune-ds evaluate weights=demo_model data.shards=data_digits/train out=figures.json
+  torchrun --nproc_per_node 8 -m entprune_ds.cli.evaluate weights=xl out=xl.json evaluate.extractor=inception \
+      evaluate.reference=VIRTUAL_imagenet256_labeled.npz sample.num_samples=50000 ...     (the papers' protocol)
+  entprune-ds evaluate ... evaluate.save_reference=cub.npz          keeps the statistics of data.shards for later
 
-The feature extractor is built in and made for digits (1x8x8, 10 classes): a small CNN trained on the training split
-in seconds; its test accuracy is printed. Every figure is stored with the protocol it depends on.
+The extractor `digits` is a small CNN for 1x8x8 digits, trained on the training split in seconds, its test accuracy
+printed. `inception` is the network of the papers; its weights come from evaluate.inception=FILE, or are downloaded once
+per node. Samples are drawn here unless evaluate.samples names them; drawing goes on after a kill. All ranks draw and
+look at images; rank 0 computes the figures.
 """
 SECTIONS = ["evaluate", "sample", "data"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status (0 done, 2 refused)."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run the command; returns the exit status: 0 done, 1 failed on the way, 2 refused."""
+    words, _ = launched_words(argv)
     if wants_help(words):
         print(help_text(HELP, SECTIONS))
         return 0
@@ -41,123 +43,127 @@ def main(argv: list[str] | None = None) -> int:
             split_shortcuts(words, {"out": "evaluate.out", "weights": "model.weights"}), "evaluate"
         )
         config = load_config(words, check=_problems)
-        out = Path(config.evaluate.out or (folder / "evaluation.json" if folder else "evaluation.json"))
-        result = evaluate(config, cache=out.parent)
-        out.write_text(json.dumps(result, indent=2, allow_nan=False))
     except ConfigError as error:
         return refuse(error.problems)
-    except (ValueError, OSError) as error:
-        return refuse([str(error)])
+    out = Path(config.evaluate.out or (folder / "evaluation.json" if folder else "evaluation.json"))
+    from entprune_ds.cli.launched import run_launched
+
+    return run_launched(lambda: run(config, out, folder), config.run.timeout_seconds)
+
+
+def run(config: Config, out: Path, folder: Path | None) -> None:
+    """Measure, write and print. All ranks call."""
+    from entprune_ds.atomic import write_text
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = evaluate(config, cache=out.parent)
+    if result is None:
+        return
+    write_text(out, json.dumps(result, indent=2, allow_nan=False))
+    for parts in out.parent.glob("samples_*.parts"):  # those of this evaluation: their figures are safe now
+        if parts.name in result["protocol"]["drawn"]:
+            shutil.rmtree(parts)
     show(result)
     print(f"figures: {out}")
+    if config.evaluate.latency_table:
+        from entprune_ds.cli.latency_table import markdown
+
+        table = out.with_name(f"{out.stem}_latency.md")
+        write_text(table, markdown(result["latency_table"]))
+        print(f"latency: {table}")
     if folder is not None and config.monitor.wandb:
         log_figures(config, folder, result)
-    return 0
 
 
 def _problems(config: Config) -> list[str]:
+    from entprune_ds.cli.latency_table import table_problems
     from entprune_ds.preflight import validation_spec
 
-    found, evaluate = [], config.evaluate
+    found, evaluate = table_problems(config), config.evaluate
     if not config.model.weights:
         found += problems_of(config)
         found.append("`model.weights` is missing: give an exported model, weights=DIR or run=RUNS/NAME.")
-    if not config.data.shards:
-        found.append("`data.shards` is missing: it is the reference, e.g. data.shards=data_digits/train.")
-    elif not validation_spec(config):
-        found.append("`data.val_shards` is missing, and there is no folder `val` beside `data.shards`.")
+    if evaluate.extractor == "digits" or not evaluate.reference:
+        if not config.data.shards:
+            message = "`data.shards` is missing: it is the reference, e.g. data.shards=data_digits/train. "
+            found.append(message + "Or give statistics, evaluate.reference=FILE.npz.")
+        elif evaluate.extractor == "digits" and not validation_spec(config):
+            found.append("`data.val_shards` is missing, and there is no folder `val` beside `data.shards`.")
+    for key in ("reference", "extractor", "inception"):
+        value = getattr(evaluate, key)
+        if value and value not in ("digits", "inception") and not Path(value).exists():
+            found.append(f"`evaluate.{key}`: {value} does not exist.")
     for key, folder in (("model.weights", config.model.weights), ("evaluate.baseline", evaluate.baseline)):
         if folder:
             found += [p for p in sampling_problems(config, Path(folder), key) if p not in found]
     for key in ("samples", "baseline_samples"):
         path = Path(getattr(evaluate, key))
-        if getattr(evaluate, key) and not (path.is_file() and protocol_path(path).is_file()):
+        if getattr(evaluate, key) and not (path.exists() and protocol_path(path).is_file()):
             found.append(
                 f"`evaluate.{key}`: {path} or its {protocol_path(path).name} is missing. Run `entprune-ds sample`."
             )
     return found
 
 
-def evaluate(config: Config, cache: Path) -> dict[str, Any]:
-    """All figures as plain values (evaluation.json).
+def evaluate(config: Config, cache: Path) -> dict[str, Any] | None:
+    """All figures as plain values (evaluation.json) on rank 0, None on the others. Collective.
+
+    Args:
+        cache: folder for the digits extractor and for samples that are being drawn; all ranks must see it.
 
     Raises:
-        ValueError: when the data is not digits, or samples and data do not fit.
+        ValueError: when extractor, reference and samples do not fit; before anything is drawn.
     """
-    images, val_images, extractor, folder = real_images(config, cache)
-    references = {"whole": np.concatenate([images, val_images]), "validation": val_images}
-    models = {"pruned": (config.model.weights, config.evaluate.samples)}
-    if config.evaluate.baseline:
-        models = {"base": (config.evaluate.baseline, config.evaluate.baseline_samples)} | models
-    result: dict[str, Any] = {}
-    protocols = []
-    for name, (weights, samples) in models.items():
-        result[name], found = figures(config, Path(weights), samples, references, extractor)
-        protocols.append({k: v for k, v in found.items() if k not in ("depth", "kept_blocks", "step", "model")})
-    protocol = protocols[-1]
-    different = [k for k in protocol if protocols[0].get(k) != protocol[k]]
+    from entprune_ds import comm
+    from entprune_ds.cli.drawing import OF_THE_MODEL
+    from entprune_ds.cli.evaluate_candidates import choose_metrics, look, open_candidate
+    from entprune_ds.cli.evaluate_inputs import open_bench
+    from entprune_ds.evaluation.figures import figures
+    from entprune_ds.evaluation.references import save_reference
+
+    settings, bench = config.evaluate, open_bench(config, cache)
+    models = {"pruned": (config.model.weights, settings.samples)}
+    if settings.baseline:
+        models = {"base": (settings.baseline, settings.baseline_samples)} | models
+    candidates = {name: open_candidate(config, Path(weights), given) for name, (weights, given) in models.items()}
+    metrics, left_out = choose_metrics(config, bench, candidates)
+    protocols = [{k: v for k, v in c.protocol.items() if k not in OF_THE_MODEL} for c in candidates.values()]
+    different = [k for k in protocols[-1] if protocols[0].get(k) != protocols[-1][k]]
     if different:
         message = f"the two sets of samples differ in {', '.join(different)}, so their figures cannot be compared. "
         raise ValueError(message + "Draw both with the same settings.")
-    result |= latency(config, {name: Path(weights) for name, (weights, _) in models.items()}, result)
-    result["protocol"] = protocol | {
-        "reference": f"{len(references['whole'])} images, of which {len(val_images)} validation: {folder.parent}",
-        "extractor": extractor.name,
-        "extractor_test_accuracy": extractor.test_accuracy,
-    }
+    references = bench.measured(settings.batch_size)
+    if settings.save_reference and comm.is_main():
+        save_reference(references["whole"], Path(settings.save_reference))
+    seen, folders = {}, []
+    for name, candidate in candidates.items():
+        parts = cache / f"samples_{name}_{candidate.protocol.get('weights_digest', '')}.parts"
+        folders += [parts.name] if candidate.drawer is not None else []
+        seen[name] = look(config, bench, candidate, parts)
+    comm.barrier()
+    comm.shutdown()  # the rest is rank 0's, and nobody waits for it
+    if not comm.is_main():
+        return None
+    result: dict[str, Any] = {}
+    for name, candidate in candidates.items():
+        found = figures(seen[name], references, bench.extractor, metrics, settings.neighbours, settings.kid_seed)
+        result[name] = candidate.facts | found
+    weights = {name: candidate.weights for name, candidate in candidates.items()}
+    result |= latency(config, weights, result)
+    if settings.latency_table:
+        from entprune_ds.cli.latency_table import measure_table
+
+        result["latency_table"] = measure_table(config, weights)
+    accuracy = (
+        {} if bench.extractor.test_accuracy is None else {"extractor_test_accuracy": bench.extractor.test_accuracy}
+    )
+    result["protocol"] = protocols[-1] | {
+        "reference": bench.description, "reference_about": references["whole"].about, **bench.extractor.description,
+        **({} if accuracy is None else {"extractor_test_accuracy": accuracy}),
+        "kid_seed": settings.kid_seed, "kid_subsets": "100 of up to 1000", "neighbours": settings.neighbours,
+        "not_measured": left_out, "drawn": folders,
+    }  # fmt: skip
     return result
-
-
-def extractor_problem(index: Index) -> str:
-    """Why the built-in extractor says nothing about some data; empty where it does."""
-    if tuple(index.shape) == (1, 8, 8) and index.num_classes == 10:
-        return ""
-    message = f"the built-in extractor is made for digits (1x8x8, 10 classes), {index.folder} holds "
-    return message + f"{list(index.shape)} with {index.num_classes} classes."
-
-
-def real_images(config: Config, cache: Path) -> tuple[np.ndarray, np.ndarray, Any, Any]:
-    """Training and validation images, uint8 (N,H,W,C), the extractor made from them, and the folder of the shards.
-
-    Raises:
-        ValueError: when the data is not digits.
-    """
-    from entprune_ds.data.index import load_index
-    from entprune_ds.data.stream import read_all
-    from entprune_ds.evaluation.features import load_or_train
-    from entprune_ds.evaluation.images import to_uint8
-    from entprune_ds.preflight import validation_spec
-
-    pipe = config.data.allow_pipe
-    index = load_index(config.data.shards, pipe)
-    if problem := extractor_problem(index):
-        raise ValueError(problem)
-    (train, train_labels), (val, val_labels) = read_all(index), read_all(validation_spec(config), pipe)
-    images, val_images = to_uint8(train), to_uint8(val)
-    extractor = load_or_train(images, train_labels.numpy(), val_images, val_labels.numpy(), cache=cache)
-    return images, val_images, extractor, index.folder
-
-
-def figures(config: Config, weights: Path, samples: str, references: dict, extractor: Any) -> tuple[dict, dict]:
-    """Sample figures of one model, and the protocol of its samples."""
-    from entprune_ds.evaluation.fid import evaluate_samples
-    from entprune_ds.evaluation.images import load_npz
-    from entprune_ds.interop.weights import open_weights
-    from entprune_ds.models.registry import count_parameters
-
-    if samples:
-        (images, labels), protocol = load_npz(samples), json.loads(protocol_path(Path(samples)).read_text())
-    else:
-        images, labels, protocol = draw(config, weights)
-    source = open_weights(weights, assumed=config.model)
-    model, step, kept = source.model, source.facts["step"], list(source.model.blocks)
-    if (protocol["step"], protocol["kept_blocks"]) != (step, kept):
-        drawn = f"{samples} was drawn from blocks {protocol['kept_blocks']} at step {protocol['step']}"
-        held = f"{weights} holds {kept} at step {step}"
-        raise ValueError(f"{drawn}, but {held}. Run `entprune-ds sample` again.")
-    size = {"depth": len(model.blocks), "original_depth": model.depth, "kept_blocks": kept}
-    size |= {"parameters": count_parameters(model), "step": step}
-    return size | evaluate_samples(images, labels, references, extractor), protocol
 
 
 def latency(config: Config, weights: dict[str, Path], result: dict[str, Any]) -> dict[str, Any]:
@@ -184,30 +190,49 @@ def latency(config: Config, weights: dict[str, Path], result: dict[str, Any]) ->
     }
 
 
+COLUMNS = {
+    "depth": ("depth", "{}"),
+    "parameters": ("parameters", "{:,}"),
+    "fid": ("FID", "{:.2f}"),
+    "fid_validation": ("FID val", "{:.2f}"),
+    "sfid": ("sFID", "{:.2f}"),
+    "kid": ("KID x 1000", "{:.2f}"),
+    "inception_score": ("IS", "{:.2f}"),
+    "precision": ("precision", "{:.4f}"),
+    "recall": ("recall", "{:.4f}"),
+    "class_accuracy": ("class accuracy", "{:.4f}"),
+}
+BESIDE = ("reference", "reference_about", "extractor_test_accuracy", "not_measured", "drawn", "num_samples")
+"""What of a protocol has a line of its own, or none."""
+
+
 def show(result: dict[str, Any]) -> None:
-    """Print the figures as a table."""
+    """Print the figures as a table, and below it what they depend on."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result['protocol']['num_samples']} samples, {result['protocol']['reference']}")
-    for column in ("model", "depth", "parameters", "FID", "FID val", "KID x 1000", "class accuracy"):
+    protocol = result["protocol"]
+    names = [name for name in ("base", "pruned") if name in result]
+    table = Table(title=f"{protocol['num_samples']} samples, {protocol['reference']}")
+    shown = {key: column for key, column in COLUMNS.items() if any(key in result[name] for name in names)}
+    batches = list(result[names[0]]["latency_ms"])
+    for column in ("model", *(title for title, _ in shown.values()), *(f"ms, batch {batch}" for batch in batches)):
         table.add_column(column)
-    batches = list(next(iter(result.values()))["latency_ms"])
-    for batch in batches:
-        table.add_column(f"ms, batch {batch}")
-    for name in (n for n in ("base", "pruned") if n in result):
-        r = result[name]
-        row = [name, str(r["depth"]), f"{r['parameters']:,}", f"{r['fid']:.2f}", f"{r['fid_validation']:.2f}"]
-        row += [f"{1000 * r['kid']:.2f}", f"{r['class_accuracy']:.4f}", *(f"{r['latency_ms'][b]:.2f}" for b in batches)]
-        table.add_row(*row)
+    for name in names:
+        r = result[name] | {"kid": 1000 * result[name]["kid"]} if "kid" in result[name] else result[name]
+        row = [form.format(r[key]) if key in r else "-" for key, (_, form) in shown.items()]
+        table.add_row(name, *row, *(f"{r['latency_ms'][b]:.2f}" for b in batches))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     if "speedup" in result:
         spread = {b: f"{iqr['q25']:.2f} to {iqr['q75']:.2f}" for b, iqr in result["speedup_iqr"].items()}
-        shown = ", ".join(f"{v:.2f}x ({spread[b]}) at batch {b}" for b, v in result["speedup"].items())
-        console.print(f"measured speed-up, median (interquartile range) of paired repeats: {shown}")
-    accuracy = result["protocol"]["extractor_test_accuracy"]
-    console.print(f"extractor: {result['protocol']['extractor']}, test accuracy {accuracy:.4f}")
+        text = ", ".join(f"{v:.2f}x ({spread[b]}) at batch {b}" for b, v in result["speedup"].items())
+        console.print(f"measured speed-up, median (interquartile range) of paired repeats: {text}")
+    console.print(", ".join(f"{key} {value}" for key, value in protocol.items() if key not in BESIDE), highlight=False)
+    if "extractor_test_accuracy" in protocol:
+        console.print(f"test accuracy of the extractor: {protocol['extractor_test_accuracy']:.4f}")
+    for name, why in protocol.get("not_measured", {}).items():
+        console.print(f"not measured: {name}: {why}")
 
 
 def log_figures(config: Config, folder: Path, result: dict[str, Any]) -> None:
@@ -221,4 +246,4 @@ def log_figures(config: Config, folder: Path, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help, with_run
+from entprune_ds.cli.common import help_text, launched_words, leave, refuse, split_shortcuts, wants_help, with_run
 from entprune_ds.config import Config, ConfigError, PruneConfig, SoftConfig, load_config, problems_of
 
+if TYPE_CHECKING:
+    from entprune_ds.cli.drawing import Drawer
+    from entprune_ds.evaluation.parts import Parts
+
 HELP = """\
-Draw samples of an exported model: a folder of PNG files (or one .npz, arr_0 uint8 NHWC and arr_1 labels), a grid
-OUT_grid.png, and OUT_protocol.json with everything that the samples depend on.
+Draw samples of an exported model: a folder of PNG files with labels.csv, or one .npz in the form of ADM's evaluator
+(arr_0 uint8 NHWC, and arr_1 labels); a grid OUT_grid.png; and OUT_protocol.json, everything that the samples depend on.
 
   entprune-ds sample run=runs/demo                                  settings and model of a run
   entprune-ds sample weights=demo_model out=samples.npz sample.num_samples=1000 sample.cfg_scale=1.5
+  deepspeed --num_gpus 8 --module entprune_ds.cli.sample weights=... out=samples.npz sample.num_samples=50000
+  torchrun --nproc_per_node 8 -m entprune_ds.cli.sample ...         out must lie where all nodes see it
+
+Every image has its own noise and label, by its index: neither the number of ranks nor a kill changes what is drawn.
+While they draw, the ranks keep what is finished in OUT.parts, sample.batch_size images a file; the same command again
+goes on from there, and refuses a folder begun with other settings.
 """
 SECTIONS = ["sample"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status (0 done, 2 refused)."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run the command; returns the exit status: 0 done, 1 failed on the way, 2 refused."""
+    words, _ = launched_words(argv)
     if wants_help(words):
         print(help_text(HELP, SECTIONS))
         return 0
@@ -35,14 +45,107 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(words, check=_problems)
         out = Path(config.sample.out or (folder / "samples" / "final.npz" if folder else "samples.npz"))
         check_output(out)
-        images, labels, protocol = draw(config, Path(config.model.weights))
-        save(images, labels, protocol, out, config.sample.grid)
     except ConfigError as error:
         return refuse(error.problems)
     except (ValueError, OSError) as error:
         return refuse([str(error)])
-    print(f"{len(images)} samples of depth {protocol['depth']}: {out}, {grid_path(out)}")
-    return 0
+    from entprune_ds.cli.launched import run_launched
+
+    return run_launched(lambda: sample(config, out), config.run.timeout_seconds)
+
+
+def sample(config: Config, out: Path) -> None:
+    """Draw what is missing, put it in its place and say so. All ranks call.
+
+    Raises:
+        ValueError: when the weights cannot be read, or `out` holds other samples.
+        comm.DistributedError: on all ranks, when one of them cannot go on.
+    """
+    from entprune_ds import comm
+    from entprune_ds.cli.drawing import open_drawer
+    from entprune_ds.evaluation import parts as store
+    from entprune_ds.evaluation.images import save_grid
+
+    drawer = open_drawer(config, Path(config.model.weights))
+    shown = f"{len(drawer.labels)} samples of depth {drawer.protocol['depth']}: {out}, {grid_path(out)}"
+    if finished(out, drawer.protocol):
+        if comm.is_main():
+            print(f"{shown} (drawn before)")
+        return
+    with drawn(config, drawer, parts_folder(out)) as parts:
+        if out.suffix != ".npz":
+            store.write_pictures(parts)
+        comm.barrier()
+        comm.shutdown()  # what is left is rank 0's work, and nobody waits for it
+        if not comm.is_main():
+            return
+        labels = drawer.labels.numpy()
+        (store.finish_npz if out.suffix == ".npz" else store.finish_folder)(parts, labels, out)
+        if parts.image_shape[2] in (1, 3):
+            save_grid(parts.take(by_class(labels)[: config.sample.grid].tolist()), grid_path(out))
+        store.finish_text(protocol_path(out), json.dumps(drawer.protocol, indent=2))
+        store.remove(parts)
+    print(shown)
+
+
+@contextmanager
+def drawn(config: Config, drawer: Drawer, folder: Path) -> Iterator[Parts]:
+    """All parts of a set of samples, drawn by all ranks together or found in the folder, which is locked. Collective.
+
+    Raises:
+        comm.DistributedError: on all ranks, when the folder is in use or was begun with other settings.
+        comm.RankError: when this rank cannot draw or write, or its launcher is gone.
+    """
+    from entprune_ds import comm
+    from entprune_ds.evaluation.parts import Parts, begin, draw_missing
+    from entprune_ds.faults import locked_by_job
+    from entprune_ds.launcher import first_gone, launchers
+    from entprune_ds.logs import progress
+
+    parts = Parts(folder, len(drawer.labels), config.sample.batch_size)
+    above = launchers()
+
+    def check() -> None:
+        if (gone := first_gone(above)) is not None:
+            raise comm.RankError(f"the launcher (process {gone.pid}) is gone. The same command goes on from {folder}.")
+
+    with locked_by_job([folder], "`out`"):
+        problems = begin(parts, drawer.protocol) if comm.is_main() else []
+        comm.raise_together("\n".join(problems) or None)
+        todo = comm.broadcast_json(parts.missing())
+        done = parts.count - sum(len(parts.ranges[part]) for part in todo)
+        with progress("sample", total=parts.count, done=done) as line:
+            try:
+                draw_missing(parts, todo, drawer.draw, line.update, check)
+            except (OSError, ValueError) as error:
+                raise comm.RankError(f"{error} What is finished stays in {folder}.") from error
+        yield parts
+
+
+def finished(out: Path, protocol: dict[str, Any]) -> bool:
+    """Whether `out` holds these samples already. An npz of other ones is replaced, a folder is not.
+
+    Raises:
+        ValueError: a folder of other samples, naming what differs.
+    """
+    from entprune_ds.evaluation.parts import differing
+
+    there = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if not there:
+        return False
+    try:
+        before = json.loads(protocol_path(out).read_text())
+    except (OSError, ValueError):
+        before = {}
+    other = differing(protocol, before, out)
+    if other and out.is_dir():
+        raise ValueError("\n".join([*other, f"`out`: {out} holds other samples. Choose another folder, or remove it."]))
+    return not other
+
+
+def parts_folder(out: Path) -> Path:
+    """Where the parts of an output lie until it is whole."""
+    return out.with_name(f"{out.name}.parts")
 
 
 def _problems(config: Config) -> list[str]:
@@ -69,63 +172,17 @@ def sampling_problems(config: Config, weights: Path, key: str = "model.weights")
     return found
 
 
-def draw(config: Config, weights: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Samples of a model whose `sampling_problems` are none.
-
-    Returns:
-        images uint8 (N,H,W,C), labels i64 (N,), and the protocol as plain values.
-
-    Raises:
-        ValueError: when the weights cannot be read.
-    """
-    import torch
-
-    from entprune_ds import comm
-    from entprune_ds.diffusion.sampling import build_sampler, sampling_protocol
-    from entprune_ds.evaluation.generate import generate, make_labels
-    from entprune_ds.interop.source import loaded_model
-    from entprune_ds.interop.vae import load_vae
-    from entprune_ds.interop.weights import opened
-    from entprune_ds.logs import progress
-
-    sample, source = config.sample, opened(weights, config.model)
-    architecture, facts = source.model, source.facts
-    vae = load_vae(sample.vae, sample.vae_revision, comm.device()) if sample.vae else None
-    model = loaded_model(source).to(comm.device())
-    sampler = build_sampler(architecture, config.diffusion, sample)
-    labels = make_labels(sample.labels, sample.num_samples, architecture.num_classes, sample.seed)
-    side = architecture.input_size
-
-    def sample_fn(noise: torch.Tensor, y: torch.Tensor, noise_at: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        drawn = sampler(model, noise, y, noise_at)
-        return vae.decode(drawn) if vae else drawn  # latents (N,C,h,w) -> pixels (N,3,H,W)
-
-    with progress("sample", total=sample.num_samples) as line:
-        images = generate(
-            sample_fn, labels.to(comm.device()),
-            shape=(architecture.in_channels, side, side), seed=sample.seed, batch_size=sample.batch_size,
-            on_batch=line.update,
-        )  # fmt: skip
-    protocol = {
-        "num_samples": sample.num_samples, **sampling_protocol(architecture, config.diffusion, sample),
-        "labels": sample.labels, "seed": sample.seed, "weights": facts["weights"],
-        "tf32": bool(torch.backends.cuda.matmul.allow_tf32), "depth": len(architecture.blocks),
-        "kept_blocks": list(architecture.blocks), "step": facts["step"], "model": str(weights),
-        **(vae.protocol if vae else {"vae": "none (pixels)"}),
-    }  # fmt: skip
-    return images, labels.numpy(), protocol
-
-
 def check_output(out: Path) -> None:
     """Refuse what cannot be written before hours are spent on it.
 
     Raises:
-        ValueError: a folder with files in it, a file that is no .npz, or a parent that is a file.
+        ValueError: a file that is no .npz, a folder with other files in it, or a parent that is a file.
     """
     blocked = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
     if blocked is not None:
         raise ValueError(f"`out`: {blocked} is a file, so {out} cannot be written. Choose another `out`.")
-    if out.suffix != ".npz" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    samples = out.is_dir() and (protocol_path(out).is_file() or not any(out.iterdir()))
+    if out.suffix != ".npz" and out.exists() and not samples:
         raise ValueError(f"`out`: {out} exists already. Empty it, or choose another folder (or a path in .npz).")
 
 
@@ -139,17 +196,6 @@ def protocol_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}_protocol.json")
 
 
-def save(images: np.ndarray, labels: np.ndarray, protocol: dict[str, Any], out: Path, grid: int) -> None:
-    """Write the samples, their grid (as many per class as possible) and their protocol."""
-    from entprune_ds.evaluation.images import save_folder, save_grid, save_npz
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    (save_npz if out.suffix == ".npz" else save_folder)(images, labels, out)
-    if images.shape[3] in (1, 3):
-        save_grid(images[by_class(labels)[:grid]], grid_path(out))
-    protocol_path(out).write_text(json.dumps(protocol, indent=2))
-
-
 def by_class(labels: np.ndarray) -> np.ndarray:
     """Indices that go through the classes in turn: first of each class, second of each class, ..."""
     turn = np.zeros(len(labels), dtype=np.int64)
@@ -159,4 +205,4 @@ def by_class(labels: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

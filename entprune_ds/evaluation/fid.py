@@ -1,4 +1,4 @@
-"""FID, KID and class accuracy of samples, through clean-fid's own functions on features of an extractor.
+"""FID, KID and class accuracy of samples that lie in memory; KID by clean-fid's own function.
 
 clean-fid downloads Inception and reference statistics only in functions that are not used here.
 """
@@ -6,28 +6,17 @@ clean-fid downloads Inception and reference statistics only in functions that ar
 from __future__ import annotations
 
 import contextlib
-import inspect
-import warnings
 from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-import scipy.linalg
-from cleanfid.fid import frechet_distance, kernel_distance
+from cleanfid.fid import kernel_distance
 
+from entprune_ds.evaluation.frechet import frechet_distance
 from entprune_ds.evaluation.images import check_images
+from entprune_ds.evaluation.statistics import moments_of
 
 KID_SEED = 0
-
-
-def require_sqrtm_disp() -> None:
-    """Raise ImportError if scipy's sqrtm lacks the argument that clean-fid passes."""
-    if "disp" not in inspect.signature(scipy.linalg.sqrtm).parameters:
-        message = f"clean-fid calls scipy.linalg.sqrtm(disp=), which scipy {scipy.__version__} no longer has. "
-        raise ImportError(message + 'Install the pinned version: pip install "scipy<1.18".')
-
-
-require_sqrtm_disp()
 
 
 class ImageFeatures(Protocol):
@@ -45,34 +34,32 @@ class ImageFeatures(Protocol):
 
 
 def fid(features: np.ndarray, reference: np.ndarray) -> float:
-    """Frechet distance of two feature sets (N,D) and (M,D) f64 (Heusel et al. 2017, eq. 6).
-
-    |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) with the sample mean and the unbiased covariance.
+    """Frechet distance of two feature sets (N,D) and (M,D) f64, with the sample mean and the unbiased covariance.
 
     Raises:
-        ValueError: fewer than D + 1 examples in a set, other shapes, values that are not finite, or a matrix root that
-            clean-fid refuses.
+        ValueError: fewer than D + 1 examples in a set, other shapes, or values that are not finite.
     """
     _check_features(features, reference)
-    moments = [m for f in (features, reference) for m in (f.mean(axis=0), np.cov(f, rowvar=False))]
-    with warnings.catch_warnings():
-        # a feature that never fires makes the product singular; the root is still exact to about 1e-5 (tested)
-        warnings.filterwarnings("ignore", message="Matrix is singular")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        return float(frechet_distance(*moments))
+    return frechet_distance(moments_of(features), moments_of(reference))
 
 
 def kid(features: np.ndarray, reference: np.ndarray) -> float:
-    """Kernel distance (Binkowski et al. 2018): unbiased MMD^2 with kernel (x.y / D + 1)^3, mean over 100 subsets.
-
-    Unbiased means that it can be slightly negative. clean-fid draws the subsets from numpy's global generator; it is
-    seeded with KID_SEED inside, so the figure is reproducible, and restored after.
+    """`kernel_distance_of` sets that are large enough.
 
     Raises:
         ValueError: as `fid`.
     """
     _check_features(features, reference)
-    with _numpy_seed(KID_SEED):
+    return kernel_distance_of(features, reference)
+
+
+def kernel_distance_of(features: np.ndarray, reference: np.ndarray, seed: int = KID_SEED) -> float:
+    """Kernel distance (Binkowski et al. 2018): unbiased MMD^2 with kernel (x.y / D + 1)^3, mean over 100 subsets.
+
+    Unbiased means that it can be slightly negative. clean-fid draws the subsets from numpy's global generator; it is
+    seeded inside, so the figure is reproducible, and restored after.
+    """
+    with _numpy_seed(seed):
         return kernel_distance(reference, features)
 
 

@@ -64,7 +64,7 @@ def save_grid(images: np.ndarray, path: str | Path, columns: int = 10, upscale: 
     Raises:
         ValueError: wrong images or numbers, or the file cannot be written.
     """
-    _check_drawable(images)
+    check_drawable(images)
     if upscale is None:
         upscale = max(1, round(READABLE / max(images.shape[1:3])))
     if columns < 1 or upscale < 1:
@@ -86,8 +86,8 @@ def save_folder(images: np.ndarray, labels: np.ndarray, path: str | Path) -> Non
     Raises:
         ValueError: wrong images or labels, a folder that holds files, or one that cannot be written.
     """
-    _check_drawable(images)
-    _check_labels(images, labels)
+    check_drawable(images)
+    check_labels(images, labels)
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         # older samples left among the new ones would spoil every figure computed from the folder
@@ -107,17 +107,6 @@ def save_folder(images: np.ndarray, labels: np.ndarray, path: str | Path) -> Non
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _cannot_write(folder, error) from error
-
-
-def save_npz(images: np.ndarray, labels: np.ndarray, path: str | Path) -> None:
-    """Write images and labels as one npz: arr_0 uint8 (N,H,W,C), arr_1 i64 (N,) (layout of the ADM evaluator).
-
-    Raises:
-        ValueError: wrong images or labels, or the file cannot be written.
-    """
-    check_images(images)
-    _check_labels(images, labels)
-    write_whole(Path(path), lambda file: np.savez(file, images, labels.astype(np.int64)))
 
 
 def load_npz(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -143,17 +132,19 @@ def load_npz(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path} must hold arr_0 (images) and arr_1 (labels), got {sorted(arrays) or 'neither'}.")
     images, labels = arrays["arr_0"], arrays["arr_1"]
     check_images(images, f"{path}: arr_0")
-    _check_labels(images, labels, f"{path}: arr_1")
+    check_labels(images, labels, f"{path}: arr_1")
     return images, labels.astype(np.int64)
 
 
-def _check_drawable(images: np.ndarray) -> None:
+def check_drawable(images: np.ndarray) -> None:
+    """Raise ValueError unless `images` are what a PNG can hold."""
     check_images(images)
     if images.shape[3] not in (1, 3):
         raise ValueError(f"a PNG needs 1 or 3 channels, got {images.shape[3]}. Latents must be decoded first.")
 
 
-def _check_labels(images: np.ndarray, labels: np.ndarray, name: str = "labels") -> None:
+def check_labels(images: np.ndarray, labels: np.ndarray, name: str = "labels") -> None:
+    """Raise ValueError unless `labels` are integers, one per image."""
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{name} must be {len(images)} integers, got {labels.dtype} {tuple(labels.shape)}.")
 

@@ -1,0 +1,103 @@
+"""The models that `evaluate` measures: their samples, drawn before or to be drawn, and what can be said of them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entprune_ds.cli.drawing import Drawer, open_drawer
+from entprune_ds.cli.evaluate_inputs import Bench
+from entprune_ds.cli.sample import drawn, protocol_path
+from entprune_ds.config import Config
+from entprune_ds.config_checks_evaluation import METRICS
+from entprune_ds.evaluation.figures import lacking
+from entprune_ds.evaluation.measure import Measured, measure
+from entprune_ds.evaluation.sources import ImageSource, from_parts, open_images
+from entprune_ds.interop.weights import open_weights
+from entprune_ds.logs import progress
+from entprune_ds.models.registry import count_parameters
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model whose samples are to be measured: drawn before, or to be drawn."""
+
+    weights: Path
+    protocol: dict[str, Any]
+    facts: dict[str, Any]
+    """Depth, blocks, parameters and step."""
+    source: ImageSource | None
+    drawer: Drawer | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N,H,W,C) of the samples."""
+        if self.source is not None:
+            return self.source.shape
+        assert self.drawer is not None
+        return (len(self.drawer.labels), *self.drawer.image_shape)
+
+
+def open_candidate(config: Config, weights: Path, samples: str) -> Candidate:
+    """A model with its samples, or with what draws them.
+
+    Raises:
+        ValueError: samples of another model, damaged ones, or a model that cannot be read.
+    """
+
+    found = open_weights(weights, assumed=config.model)
+    model, step, kept = found.model, found.facts["step"], list(found.model.blocks)
+    facts = {"depth": len(model.blocks), "original_depth": model.depth, "kept_blocks": kept}
+    facts |= {"parameters": count_parameters(model), "step": step}
+    if not samples:
+        drawer = open_drawer(config, weights)
+        return Candidate(weights, drawer.protocol, facts, None, drawer)
+    protocol = json.loads(protocol_path(Path(samples)).read_text())
+    if (protocol["step"], protocol["kept_blocks"]) != (step, kept):
+        words = f"{samples} was drawn from blocks {protocol['kept_blocks']} at step {protocol['step']}"
+        held = f"{weights} holds {kept} at step {step}"
+        raise ValueError(f"{words}, but {held}. Run `entprune-ds sample` again.")
+    return Candidate(weights, protocol, facts, open_images(Path(samples)), None)
+
+
+def choose_metrics(
+    config: Config, bench: Bench, candidates: dict[str, Candidate]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The figures to compute, and why the others are left out.
+
+    Raises:
+        ValueError: a figure that was asked for cannot be computed, FID among them unless others were asked for, or
+            the samples have another size than the real images.
+    """
+
+    wanted, problems = config.evaluate.metrics, []
+    left_out: dict[str, str] = {}
+    for candidate in candidates.values():
+        if bench.resolution is not None and candidate.shape[1:] != bench.resolution:
+            shapes = f"{list(candidate.shape[1:])}, the real images {list(bench.resolution)} (H,W,C)"
+            problems.append(f"samples of {candidate.weights} are {shapes}. They must be of one size.")
+        left_out |= lacking(
+            bench.probe, candidate.shape[0], bench.has_features, bench.spatial_width, bench.extractor.name
+        )
+    needed = wanted or ("fid",)
+    problems += [f"`evaluate.metrics`: {name}: {why}." for name, why in left_out.items() if name in needed]
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    chosen = tuple(name for name in METRICS if name not in left_out and (not wanted or name in wanted))
+    return chosen, {name: why for name, why in left_out.items() if not wanted}
+
+
+def look(config: Config, bench: Bench, candidate: Candidate, folder: Path) -> Measured:
+    """What the extractor says of the samples, after drawing those that are missing. Collective."""
+
+    if candidate.drawer is None:
+        ready: Any = nullcontext(candidate.source)
+    else:
+        ready = drawn(config, candidate.drawer, folder)
+    with ready as found:
+        source = found if candidate.drawer is None else from_parts(found, candidate.drawer.labels.numpy())
+        with progress("look at samples of rank 0", total=source.shape[0]) as line:
+            return measure(source, bench.extractor, config.evaluate.batch_size, line.update)
