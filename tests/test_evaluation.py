@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -19,9 +17,9 @@ from torch import nn
 
 from entprune_ds.cli import evaluate
 from entprune_ds.evaluation import features, latency
-from entprune_ds.evaluation.fid import class_accuracy, evaluate_samples, fid, kid, require_sqrtm_disp
+from entprune_ds.evaluation.fid import class_accuracy, evaluate_samples, fid, kid
 from entprune_ds.evaluation.generate import generate, make_labels
-from entprune_ds.evaluation.images import from_uint8, load_npz, save_folder, save_grid, to_uint8
+from entprune_ds.evaluation.images import from_uint8, save_grid, to_uint8
 from entprune_ds.evaluation.npz import save_npz
 from entprune_ds.interop.safetensors import write_export
 from entprune_ds.interop.source import Source
@@ -126,46 +124,6 @@ def test_to_uint8_clamps_and_rounds_halves_to_even():
     assert to_uint8(torch.full((1, 1, 1, 1), 0.5 / 127.5 * 3)).item() == 129
 
 
-def test_npz_holds_images_and_labels_in_the_layout_of_the_adm_evaluator(tmp_path):
-    images = np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3)
-    path = tmp_path / "new" / "samples.npz"
-    save_npz(images, np.arange(5, dtype=np.int32), path)
-    with np.load(path, allow_pickle=False) as file:
-        assert file.files == ["arr_0", "arr_1"]
-        assert file["arr_0"].dtype == np.uint8 and file["arr_1"].dtype == np.int64
-    loaded, labels = load_npz(path)
-    np.testing.assert_array_equal(loaded, images)
-    assert labels.tolist() == [0, 1, 2, 3, 4] and [p.name for p in path.parent.iterdir()] == ["samples.npz"]
-
-
-def test_a_wrong_npz_is_named_with_its_fault(tmp_path):
-    images, labels = np.zeros((3, 4, 4, 1), np.uint8), np.zeros(3, np.int64)
-    good = tmp_path / "good.npz"
-    save_npz(images, labels, good)
-    with pytest.raises(ValueError, match=r"absent\.npz does not exist"):
-        load_npz(tmp_path / "absent.npz")
-    bad = tmp_path / "bad.npz"
-    content = good.read_bytes()
-    flipped = bytearray(content)
-    flipped[200] ^= 1  # inside the pixels: the checksum of the zip tells
-    for damaged in (b"", b"text", content[:-30], bytes(flipped)):
-        bad.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"bad\.npz cannot be read"):
-            load_npz(bad)
-    cases = [
-        (dict(arr_0=images), r"must hold arr_0 \(images\) and arr_1"),
-        (dict(arr_0=images.astype(np.float32), arr_1=labels), "arr_0 must be a non-empty uint8"),
-        (dict(arr_0=images[0], arr_1=labels), "arr_0 must be a non-empty uint8"),
-        (dict(arr_0=images, arr_1=labels[:2]), "arr_1 must be 3 integers"),
-        (dict(arr_0=images, arr_1=labels.astype(float)), "arr_1 must be 3 integers"),
-        (dict(arr_0=np.array([None] * 3), arr_1=labels), "cannot be read"),
-    ]
-    for arrays, message in cases:
-        np.savez(bad, **arrays)
-        with pytest.raises(ValueError, match=message):
-            load_npz(bad)
-
-
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_rest(tmp_path, monkeypatch):
     path = tmp_path / "samples.npz"
     images, labels = np.zeros((3, 4, 4, 1), np.uint8), np.zeros(3, np.int64)
@@ -175,33 +133,12 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_rest(tmp_path, monkeypa
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("entprune_ds.evaluation.images.os.fsync", full)
+    monkeypatch.setattr("entprune_ds.atomic.os.fsync", full)
     with pytest.raises(ValueError, match=r"samples\.npz cannot be written: No space left on device"):
         save_npz(images + 1, labels, path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ValueError, match="cannot be written"):
         save_grid(images, path / "grid.png")
-
-
-def test_folder_holds_one_png_per_sample_and_a_label_table(tmp_path):
-    images = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8, 1)
-    folder = tmp_path / "samples"
-    folder.mkdir()
-    save_folder(images, np.array([4, 0, 9]), folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["000000.png", "000001.png", "000002.png", "labels.csv"]
-    np.testing.assert_array_equal(np.asarray(Image.open(folder / "000002.png")), images[2, :, :, 0])
-    with open(folder / "labels.csv", newline="") as file:
-        assert list(csv.reader(file)) == [
-            ["file", "label"],
-            ["000000.png", "4"],
-            ["000001.png", "0"],
-            ["000002.png", "9"],
-        ]
-    with pytest.raises(ValueError, match="already holds files"):
-        save_folder(images[:1], np.array([1]), folder)
-    with pytest.raises(ValueError, match="decoded"):
-        save_folder(np.zeros((1, 8, 8, 4), np.uint8), np.array([1]), tmp_path / "latents")
-    assert [p.name for p in tmp_path.iterdir()] == ["samples"]
 
 
 def test_grid_enlarges_tiny_images_without_new_grey_values(tmp_path):
@@ -393,13 +330,6 @@ def test_too_few_images_and_mismatches_are_refused(digits, extractor):
         fid(np.full((99, 4), np.nan), np.zeros((99, 4)))
     with pytest.raises(ValueError, match=r"\(N,D\) and \(M,D\)"):
         kid(np.zeros((99, 4)), np.zeros((99, 5)))
-
-
-def test_a_scipy_without_disp_is_named_with_the_pin(monkeypatch):
-    require_sqrtm_disp()
-    monkeypatch.setattr(scipy.linalg, "sqrtm", lambda A: A)
-    with pytest.raises(ImportError, match=r"scipy<1\.18"):
-        require_sqrtm_disp()
 
 
 def test_importing_the_figures_opens_no_connection():

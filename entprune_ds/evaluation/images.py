@@ -1,15 +1,10 @@
-"""Images between tensors in [-1, 1] and files: uint8 conversion, PNG grid, PNG folder, npz.
+"""Images between tensors in [-1, 1] and files: uint8 conversion, PNG grid.
 
-Files and folders appear whole or not at all: written beside their final place, then renamed.
+Files appear whole or not at all: written beside their final place, then renamed.
 """
 
 from __future__ import annotations
 
-import csv
-import os
-import shutil
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -74,66 +69,6 @@ def save_grid(images: np.ndarray, path: str | Path, columns: int = 10, upscale: 
     grid = make_grid(tiles, nrow=columns, padding=2, pad_value=128)  # (3, H', W')
     picture = Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
     write_whole(Path(path), lambda file: picture.save(file, format="PNG"))
-
-
-def save_folder(images: np.ndarray, labels: np.ndarray, path: str | Path) -> None:
-    """Write images as 000000.png, 000001.png, ... and labels.csv (file,label) into a new or empty folder.
-
-    Args:
-        images: uint8 (N,H,W,C), C = 1 or 3.
-        labels: (N,) integers.
-
-    Raises:
-        ValueError: wrong images or labels, a folder that holds files, or one that cannot be written.
-    """
-    check_drawable(images)
-    check_labels(images, labels)
-    folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        # older samples left among the new ones would spoil every figure computed from the folder
-        raise ValueError(f"{folder} already holds files. Empty it or choose another output folder.")
-    partial = folder.parent / f".{folder.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        names = [f"{index:06d}.png" for index in range(len(images))]
-        for name, image in zip(names, images, strict=True):
-            Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(partial / name)
-        with open(partial / "labels.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "label"])
-            writer.writerows(zip(names, labels.tolist(), strict=True))
-        os.replace(partial, folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _cannot_write(folder, error) from error
-
-
-def load_npz(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a file of `save_npz`.
-
-    Returns:
-        images uint8 (N,H,W,C), labels i64 (N,).
-
-    Raises:
-        ValueError: the file is missing, damaged, or holds other arrays.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist. Write it with `entprune-ds sample`.")
-    try:
-        with zipfile.ZipFile(path):  # np.load would try to unpickle what is not a zip
-            pass
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as an npz of samples ({error}). Write it again.") from error
-    if set(arrays) != {"arr_0", "arr_1"}:
-        raise ValueError(f"{path} must hold arr_0 (images) and arr_1 (labels), got {sorted(arrays) or 'neither'}.")
-    images, labels = arrays["arr_0"], arrays["arr_1"]
-    check_images(images, f"{path}: arr_0")
-    check_labels(images, labels, f"{path}: arr_1")
-    return images, labels.astype(np.int64)
 
 
 def check_drawable(images: np.ndarray) -> None:
