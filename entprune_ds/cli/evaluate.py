@@ -89,6 +89,9 @@ def _problems(config: Config) -> list[str]:
             found.append(message + "Or give statistics, evaluate.reference=FILE.npz.")
         elif evaluate.extractor == "digits" and not validation_spec(config):
             found.append("`data.val_shards` is missing, and there is no folder `val` beside `data.shards`.")
+    save = Path(evaluate.save_reference)
+    if evaluate.save_reference and (save.suffix != ".npz" or save.is_dir()):
+        found.append(f"`evaluate.save_reference` must be a path ending in .npz, got {save}.")
     for key in ("reference", "extractor", "inception"):
         value = getattr(evaluate, key)
         if value and value not in ("digits", "inception") and not Path(value).exists():
@@ -118,6 +121,7 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any] | None:
     from entprune_ds.cli.drawing import OF_THE_MODEL
     from entprune_ds.cli.evaluate_candidates import choose_metrics, look, open_candidate
     from entprune_ds.cli.evaluate_inputs import open_bench
+    from entprune_ds.cli.latency_table import check_depths, measure_table
     from entprune_ds.evaluation.figures import figures
     from entprune_ds.evaluation.references import save_reference
 
@@ -127,6 +131,8 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any] | None:
         models = {"base": (settings.baseline, settings.baseline_samples)} | models
     candidates = {name: open_candidate(config, Path(weights), given) for name, (weights, given) in models.items()}
     metrics, left_out = choose_metrics(config, bench, candidates)
+    if settings.latency_table:
+        check_depths(config, [candidate.facts["depth"] for candidate in candidates.values()])
     protocols = [{k: v for k, v in c.protocol.items() if k not in OF_THE_MODEL} for c in candidates.values()]
     different = [k for k in protocols[-1] if protocols[0].get(k) != protocols[-1][k]]
     if different:
@@ -151,12 +157,8 @@ def evaluate(config: Config, cache: Path) -> dict[str, Any] | None:
     weights = {name: candidate.weights for name, candidate in candidates.items()}
     result |= latency(config, weights, result)
     if settings.latency_table:
-        from entprune_ds.cli.latency_table import measure_table
-
         result["latency_table"] = measure_table(config, weights)
-    accuracy = (
-        {} if bench.extractor.test_accuracy is None else {"extractor_test_accuracy": bench.extractor.test_accuracy}
-    )
+    accuracy = bench.extractor.test_accuracy
     result["protocol"] = protocols[-1] | {
         "reference": bench.description, "reference_about": references["whole"].about, **bench.extractor.description,
         **({} if accuracy is None else {"extractor_test_accuracy": accuracy}),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entprune_ds import comm
 from entprune_ds.cli.drawing import Drawer, open_drawer
 from entprune_ds.cli.evaluate_inputs import Bench
 from entprune_ds.cli.sample import drawn, protocol_path
@@ -15,7 +16,7 @@ from entprune_ds.config import Config
 from entprune_ds.config_checks_evaluation import METRICS
 from entprune_ds.evaluation.figures import lacking
 from entprune_ds.evaluation.measure import Measured, measure
-from entprune_ds.evaluation.sources import ImageSource, from_parts, open_images
+from entprune_ds.evaluation.sources import ImageSource, from_parts, open_images, own_range
 from entprune_ds.interop.weights import open_weights
 from entprune_ds.logs import progress
 from entprune_ds.models.registry import count_parameters
@@ -47,7 +48,6 @@ def open_candidate(config: Config, weights: Path, samples: str) -> Candidate:
     Raises:
         ValueError: samples of another model, damaged ones, or a model that cannot be read.
     """
-
     found = open_weights(weights, assumed=config.model)
     model, step, kept = found.model, found.facts["step"], list(found.model.blocks)
     facts = {"depth": len(model.blocks), "original_depth": model.depth, "kept_blocks": kept}
@@ -60,7 +60,11 @@ def open_candidate(config: Config, weights: Path, samples: str) -> Candidate:
         words = f"{samples} was drawn from blocks {protocol['kept_blocks']} at step {protocol['step']}"
         held = f"{weights} holds {kept} at step {step}"
         raise ValueError(f"{words}, but {held}. Run `entprune-ds sample` again.")
-    return Candidate(weights, protocol, facts, open_images(Path(samples)), None)
+    source = open_images(Path(samples))
+    if source.shape[0] != protocol["num_samples"]:
+        stated = f"its protocol says {protocol['num_samples']}"
+        raise ValueError(f"{samples} holds {source.shape[0]} images, {stated}. Run `entprune-ds sample` again.")
+    return Candidate(weights, protocol, facts, source, None)
 
 
 def choose_metrics(
@@ -72,8 +76,11 @@ def choose_metrics(
         ValueError: a figure that was asked for cannot be computed, FID among them unless others were asked for, or
             the samples have another size than the real images.
     """
-
     wanted, problems = config.evaluate.metrics, []
+    if config.evaluate.save_reference and bench.statistics is not None:
+        problems.append(
+            "`evaluate.save_reference` needs images, but `evaluate.reference` holds statistics. Leave it out."
+        )
     left_out: dict[str, str] = {}
     for candidate in candidates.values():
         if bench.resolution is not None and candidate.shape[1:] != bench.resolution:
@@ -92,12 +99,12 @@ def choose_metrics(
 
 def look(config: Config, bench: Bench, candidate: Candidate, folder: Path) -> Measured:
     """What the extractor says of the samples, after drawing those that are missing. Collective."""
-
     if candidate.drawer is None:
         ready: Any = nullcontext(candidate.source)
     else:
         ready = drawn(config, candidate.drawer, folder)
     with ready as found:
         source = found if candidate.drawer is None else from_parts(found, candidate.drawer.labels.numpy())
-        with progress("look at samples of rank 0", total=source.shape[0]) as line:
+        mine = own_range(source.shape[0], comm.rank(), comm.world_size())
+        with progress("look at samples", total=len(mine)) as line:
             return measure(source, bench.extractor, config.evaluate.batch_size, line.update)

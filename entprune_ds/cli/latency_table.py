@@ -22,14 +22,24 @@ COLUMNS = (
 
 
 def table_problems(config: Config) -> list[str]:
-    """What the table asks for and this machine or model does not have."""
+    """What the table asks for and this machine does not have."""
     evaluate = config.evaluate
-    if not evaluate.latency_table:
-        return []
-    found = []
-    if "tf32" in evaluate.latency_precisions and not torch.cuda.is_available():
-        found.append("`evaluate.latency_precisions`: tf32 needs a GPU. Leave it out.")
-    return found
+    if evaluate.latency_table and "tf32" in evaluate.latency_precisions and not torch.cuda.is_available():
+        return ["`evaluate.latency_precisions`: tf32 needs a GPU. Leave it out."]
+    return []
+
+
+def check_depths(config: Config, depths: list[int]) -> None:
+    """Refuse a table of depths that the deepest of the models does not have.
+
+    Raises:
+        ValueError: naming them.
+    """
+    too_deep = [depth for depth in config.evaluate.latency_depths if depth > max(depths)]
+    if too_deep:
+        raise ValueError(
+            f"`evaluate.latency_depths`: {too_deep} is more than the {max(depths)} blocks of the deepest model."
+        )
 
 
 def measure_table(config: Config, weights: dict[str, Path]) -> list[dict[str, Any]]:
@@ -40,18 +50,11 @@ def measure_table(config: Config, weights: dict[str, Path]) -> list[dict[str, An
 
     Returns:
         Rows with COLUMNS; `speedup` is over the first row of the same batch, the median of paired ratios.
-
-    Raises:
-        ValueError: a depth that the deepest of the models does not have.
     """
     evaluate, device = config.evaluate, comm.device()
     sources = {name: opened(folder, config.model) for name, folder in weights.items()}
     deepest = max(sources.values(), key=lambda source: len(source.model.blocks))
     depths = evaluate.latency_depths or tuple(sorted({len(s.model.blocks) for s in sources.values()}, reverse=True))
-    too_deep = [depth for depth in depths if depth > len(deepest.model.blocks)]
-    if too_deep:
-        have = len(deepest.model.blocks)
-        raise ValueError(f"`evaluate.latency_depths`: {too_deep} is more than the {have} blocks of the deepest model.")
     variants: dict[str, tuple[ModelConfig, str, bool]] = {}
     models: dict[str, Model] = {}
     for depth in depths:

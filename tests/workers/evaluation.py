@@ -8,6 +8,7 @@ import numpy as np
 
 from entprune_ds import comm
 from entprune_ds.evaluation.extractor import ImageExtractor, load_own
+from entprune_ds.evaluation.fetch import fetch
 from entprune_ds.evaluation.fid import kernel_distance_of
 from entprune_ds.evaluation.frechet import frechet_distance
 from entprune_ds.evaluation.inception import load_inception
@@ -39,5 +40,15 @@ def one_fails(folder: str, network: str) -> str:
     try:
         measure(open_images(Path(folder)), load_own(Path(network)), 4)
     except comm.DistributedError as error:
+        return str(error)
+    return ""
+
+
+def fetched(url: str, target: str) -> str:
+    """Why a download failed on this rank, or the empty text."""
+    comm.barrier()  # all ask at a time
+    try:
+        fetch(url, Path(target), timeout=5)
+    except OSError as error:
         return str(error)
     return ""
