@@ -176,9 +176,16 @@ def test_wrong_networks_and_settings_are_refused(bench, tmp_path, capsys):
     for code, message in (("1 / 0", "ZeroDivisionError"), ("EXTRACTOR = 3", "must define EXTRACTOR")):
         own.write_text(code)
         assert message in refused(capsys, words(bench, out, f"evaluate.extractor={own}"))
-    own.write_text(OWN.replace("return Extracted(", "return Extracted(1 / 0 * "))
-    with pytest.raises(ZeroDivisionError):  # a fault of the user's code, with its traceback
-        evaluate(words(bench, out, f"evaluate.extractor={own}"))
+    for call, message in (("Extracted(1 / 0 * ", "(ZeroDivisionError: division by zero)"), ("(", "got ndarray")):
+        own.write_text(OWN.replace("return Extracted(", f"return {call}"))
+        assert message in refused(capsys, words(bench, out, f"evaluate.extractor={own}"))
+    blocked = words(bench, tmp_path)
+    assert evaluate(blocked) == 2 and "is in the way" in capsys.readouterr().err
+    samples = tmp_path / "s.npz"
+    samples.write_bytes(Path(bench["samples"]).read_bytes())
+    for text, message in (("{", "cannot be read"), ("{}", "is not the protocol"), ('{"step": 7}', "not the protocol")):
+        (tmp_path / "s_protocol.json").write_text(text)
+        assert message in refused(capsys, words(bench, out, f"evaluate.samples={samples}"))
 
 
 def test_extractors_of_ones_own(bench, tmp_path):
@@ -285,7 +292,8 @@ def test_a_network_that_cannot_be_reached_is_one_quick_error_with_the_remedy(ben
 
 def test_the_walk_over_the_layers_is_what_the_file_computes(tmp_path):
     path = save_small_inception(tmp_path / "net.pt")
-    net, images = torch.jit.load(path).requires_grad_(False), np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), dtype=np.uint8)
+    net = torch.jit.load(path).requires_grad_(False)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), dtype=np.uint8)
     found = load_inception(path, "legacy_tensorflow").extract(images)
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     np.testing.assert_allclose(found.features, net(x, return_features=True), rtol=1e-4, atol=1e-5)

@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         return refuse(error.problems)
     out = Path(config.evaluate.out or (folder / "evaluation.json" if folder else "evaluation.json"))
+    blocked = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
+    if out.is_dir() or blocked is not None:
+        return refuse([f"`out`: {out if blocked is None else blocked} is in the way. Give a path of a JSON file."])
     from entprune_ds.cli.launched import run_launched
 
     return run_launched(lambda: run(config, out, folder), config.run.timeout_seconds)

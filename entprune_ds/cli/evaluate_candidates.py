@@ -55,7 +55,7 @@ def open_candidate(config: Config, weights: Path, samples: str) -> Candidate:
     if not samples:
         drawer = open_drawer(config, weights)
         return Candidate(weights, drawer.protocol, facts, None, drawer)
-    protocol = json.loads(protocol_path(Path(samples)).read_text())
+    protocol = read_protocol(protocol_path(Path(samples)))
     if (protocol["step"], protocol["kept_blocks"]) != (step, kept):
         words = f"{samples} was drawn from blocks {protocol['kept_blocks']} at step {protocol['step']}"
         held = f"{weights} holds {kept} at step {step}"
@@ -65,6 +65,21 @@ def open_candidate(config: Config, weights: Path, samples: str) -> Candidate:
         stated = f"its protocol says {protocol['num_samples']}"
         raise ValueError(f"{samples} holds {source.shape[0]} images, {stated}. Run `entprune-ds sample` again.")
     return Candidate(weights, protocol, facts, source, None)
+
+
+def read_protocol(path: Path) -> dict[str, Any]:
+    """What samples depend on, as `entprune-ds sample` wrote it.
+
+    Raises:
+        ValueError: a file that is no protocol.
+    """
+    try:
+        protocol = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Run `entprune-ds sample` again.") from error
+    if not isinstance(protocol, dict) or not {"step", "kept_blocks", "num_samples"} <= set(protocol):
+        raise ValueError(f"{path} is not the protocol of samples. Run `entprune-ds sample` again.")
+    return protocol
 
 
 def choose_metrics(

@@ -19,7 +19,7 @@ from entprune_ds.evaluation.features import Extractor, load_or_train
 from entprune_ds.evaluation.fetch import inception_file
 from entprune_ds.evaluation.images import to_uint8
 from entprune_ds.evaluation.inception import load_inception, load_pytorch_inception
-from entprune_ds.evaluation.measure import measure
+from entprune_ds.evaluation.measure import check_extracted, measure
 from entprune_ds.evaluation.npz import member_names, member_shape
 from entprune_ds.evaluation.references import (
     Reference,
@@ -101,7 +101,7 @@ def open_bench(config: Config, cache: Path) -> Bench:
         images["whole"] = from_npz(path)
     known = images["whole"].shape[1:] if images else read_about(path).get("resolution")
     resolution = tuple(known) if known else None
-    probe = extractor.extract(np.zeros((1, *(resolution or ANY_IMAGE)), np.uint8))
+    probe = _probe(extractor, resolution or ANY_IMAGE)
     width, problems = probe.features.shape[1], []
     if statistics is not None:
         problems = statistics_problems(path, extractor, width, config.evaluate.extractor == "inception")
@@ -113,6 +113,21 @@ def open_bench(config: Config, cache: Path) -> Bench:
     about = read_about(path) if statistics is not None else {"count": images["whole"].shape[0]}
     name = str(path) if spec else images["whole"].name
     return Bench(extractor, probe, resolution, images, statistics, f"{about['count']} images: {name}")
+
+
+def _probe(extractor: ImageExtractor, shape: tuple[int, ...]) -> Extracted:
+    """What an extractor says of a black image.
+
+    Raises:
+        ValueError: when it fails, or answers with something else than features.
+    """
+    try:
+        found = extractor.extract(np.zeros((1, *shape), np.uint8))
+        check_extracted(extractor.name, found, 1)
+    except Exception as error:  # the code may be the user's
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
+        raise ValueError(f"`evaluate.extractor`: {extractor.name} fails on an image {list(shape)} ({why}).") from error
+    return found
 
 
 def _digits_bench(config: Config, cache: Path) -> Bench:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -70,6 +71,7 @@ def sample(config: Config, out: Path) -> None:
     shown = f"{len(drawer.labels)} samples of depth {drawer.protocol['depth']}: {out}, {grid_path(out)}"
     if finished(out, drawer.protocol):
         if comm.is_main():
+            shutil.rmtree(parts_folder(out), ignore_errors=True)  # a kill came just before
             print(f"{shown} (drawn before)")
         return
     with drawn(config, drawer, parts_folder(out)) as parts:
@@ -79,11 +81,17 @@ def sample(config: Config, out: Path) -> None:
         comm.shutdown()  # what is left is rank 0's work, and nobody waits for it
         if not comm.is_main():
             return
-        labels = drawer.labels.numpy()
-        (store.finish_npz if out.suffix == ".npz" else store.finish_folder)(parts, labels, out)
+        for rest in out.parent.glob(f".{out.name}.*.tmp"):  # of a job that was killed here
+            rest.unlink()
+        labels, protocol = drawer.labels.numpy(), json.dumps(drawer.protocol, indent=2)
         if parts.image_shape[2] in (1, 3):
             save_grid(parts.take(by_class(labels)[: config.sample.grid].tolist()), grid_path(out))
-        store.finish_text(protocol_path(out), json.dumps(drawer.protocol, indent=2))
+        if out.suffix == ".npz":
+            store.finish_npz(parts, labels, out)
+            store.finish_text(protocol_path(out), protocol)  # last: an npz of other samples may lie there until now
+        else:
+            store.finish_text(protocol_path(out), protocol)  # first: a folder without it would be refused
+            store.finish_folder(parts, labels, out)
         store.remove(parts)
     print(shown)
 

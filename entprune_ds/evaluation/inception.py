@@ -128,6 +128,8 @@ def tensorflow_resize(images: np.ndarray) -> Tensor:
 
 def _colour(images: np.ndarray) -> np.ndarray:
     """Grey images (n,H,W,1) as (n,H,W,3)."""
+    if images.shape[3] not in (1, 3):
+        raise ValueError(f"Inception needs images of 1 or 3 channels, got {images.shape[3]}.")
     return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
 

@@ -53,7 +53,8 @@ def measure(
     error, done = None, 0
     try:
         for images in source.batches(comm.rank(), comm.world_size(), batch_size):
-            found = _checked(extractor, images)
+            found = extractor.extract(images)
+            check_extracted(extractor.name, found, len(images))
             moments.add(found.features)
             if found.spatial is not None:
                 spatial.add(found.spatial)
@@ -99,16 +100,17 @@ def gather_rows(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([part for parts in kept for part in parts]) if comm.is_main() else np.empty(0, kind)
 
 
-def _checked(extractor: ImageExtractor, images: np.ndarray) -> Extracted:
-    found = extractor.extract(images)
-    for name, rows in (("features", found.features), ("spatial", found.spatial), ("logits", found.logits)):
-        if rows is None:
+def check_extracted(name: str, found: Extracted, count: int) -> None:
+    """Raise ValueError unless an extractor gave finite rows for so many images."""
+    if not isinstance(found, Extracted):
+        raise ValueError(f"{name} must give Extracted(...), got {type(found).__name__}.")
+    for part, rows in (("features", found.features), ("spatial", found.spatial), ("logits", found.logits)):
+        if rows is None and part != "features":
             continue
-        if rows.ndim != 2 or len(rows) != len(images):
-            raise ValueError(f"{extractor.name} must give {name} ({len(images)},D), got {rows.shape}.")
+        if not isinstance(rows, np.ndarray) or rows.ndim != 2 or len(rows) != count:
+            raise ValueError(f"{name} must give {part} as an array ({count},D), got {np.shape(rows)}.")
         if not np.isfinite(rows).all():
-            raise ValueError(f"{extractor.name} gives {name} that are NaN or infinite.")
-    return found
+            raise ValueError(f"{name} gives {part} that are NaN or infinite.")
 
 
 def _digest(image: np.ndarray) -> int:

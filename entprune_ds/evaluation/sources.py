@@ -145,8 +145,11 @@ def _read_labels(folder: Path, files: list[Path]) -> np.ndarray | None:
     table = folder / "labels.csv"
     if not table.is_file():
         return None
-    with table.open(newline="") as file:
-        labels = {row["file"]: int(row["label"]) for row in csv.DictReader(file)}
+    try:
+        with table.open(newline="") as file:
+            labels = {row["file"]: int(row["label"]) for row in csv.DictReader(file)}
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{table} must have columns file and label ({error}). Draw the samples again.") from error
     if set(labels) != {path.name for path in files}:
         raise ValueError(f"{table} and the pictures beside it do not fit. Draw the samples again.")
     return np.array([labels[path.name] for path in files], dtype=np.int64)
