@@ -108,7 +108,8 @@ def check_extracted(name: str, found: Extracted, count: int) -> None:
         if rows is None and part != "features":
             continue
         if not isinstance(rows, np.ndarray) or rows.ndim != 2 or len(rows) != count:
-            raise ValueError(f"{name} must give {part} as an array ({count},D), got {np.shape(rows)}.")
+            got = rows.shape if isinstance(rows, np.ndarray) else type(rows).__name__
+            raise ValueError(f"{name} must give {part} as an array ({count},D), got {got}.")
         if not np.isfinite(rows).all():
             raise ValueError(f"{name} gives {part} that are NaN or infinite.")
 
