@@ -649,6 +649,8 @@ def test_impossible_comparisons_are_refused_with_all_problems(digits, tmp_path, 
     assert "`distill.kind` features fades out" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "criteria=[ced,a/ced.py,b/x.py,c/x.py]")
     assert "a/ced.py, b/x.py, c/x.py would be called like another criterion" in line
+    (line,) = refusal(capsys, *data, "target_depth=4", "sample.num_samples=64")
+    assert "`sample.num_samples` must be above 64, the features" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "study=[criteria,depth]")
     assert "`compare.depths` is empty" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "base=/nowhere")
