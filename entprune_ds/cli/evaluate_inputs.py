@@ -123,10 +123,10 @@ def _probe(extractor: ImageExtractor, shape: tuple[int, ...]) -> Extracted:
     """
     try:
         found = extractor.extract(np.zeros((1, *shape), np.uint8))
-        check_extracted(extractor.name, found, 1)
-    except Exception as error:  # the code may be the user's
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
-        raise ValueError(f"`evaluate.extractor`: {extractor.name} fails on an image {list(shape)} ({why}).") from error
+    except RuntimeError as error:  # of torch
+        why = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{extractor.name} fails on an image {list(shape)} ({why}).") from error
+    check_extracted(extractor.name, found, 1)
     return found
 
 

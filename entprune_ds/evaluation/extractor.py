@@ -25,8 +25,9 @@ returns features (n,D), or a tuple (features, logits).
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,4 +118,14 @@ def _from_python(path: Path, digest: str) -> ImageExtractor:
     if not isinstance(found, ImageExtractor):
         message = f"`evaluate.extractor`: {path} must define EXTRACTOR = ImageExtractor(...), got {found!r}. "
         raise ValueError(message + "evaluation/extractor.py shows one.")
-    return ImageExtractor(**{**vars(found), "digest": found.digest or digest})
+
+    def guarded(images: np.ndarray) -> Extracted:
+        try:
+            return found.extract(images)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"{type(error).__name__}: {error}, {place.filename}, line {place.lineno}"
+            message = f"`evaluate.extractor`: {path} fails on images {list(images.shape)} ({why}). Correct it."
+            raise ValueError(message) from error
+
+    return replace(found, extract=guarded, digest=found.digest or digest)
