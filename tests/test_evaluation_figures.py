@@ -27,7 +27,7 @@ def folders(tmp_path_factory) -> list[str]:
     for name, chosen in (("a", slice(0, 41)), ("b", slice(200, 253))):
         folder = tmp_path_factory.mktemp(name)
         for number, image in enumerate(DIGITS[chosen]):
-            pixels = np.stack([image, 255 - image, image.T], axis=2)
+            pixels = np.stack([image, 255 - image, image.T], axis=2) // (1 + (name == "b"))
             Image.fromarray(np.tile(pixels, (2, 2, 1))).save(folder / f"{number:03d}.png")
         found.append(str(folder))
     return found
@@ -53,18 +53,15 @@ def by_clean_fid(folders: list[str], network: str, mode: str) -> dict:
     return {"fid": cleanfid.fid.fid_from_feats(a, b), "kid": cleanfid.fid.kernel_distance(b, a), "first": a[:, 0]}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
+@pytest.mark.parametrize("mode, ranks", [("clean", 1), ("clean", 2), ("clean", 4), ("legacy_tensorflow", 1)])
 def test_fid_and_kid_equal_clean_fids_on_any_number_of_ranks(folders, network, mode, ranks):
-    if mode == "legacy_tensorflow" and ranks != 2:
-        pytest.skip("the modes differ in the resizing alone")
     expected = by_clean_fid(folders, network, mode)
     images = dict(folders=folders, network=network, mode=mode)
     alone = [measured(**images)] if ranks == 1 else []
     first, *others = alone or run_ranks("tests.workers.evaluation:measured", ranks, **images)
     print(f"{mode}, {ranks} ranks: FID {first['fid']:.9f}, clean-fid {expected['fid']:.9f}")
-    assert first["fid"] == pytest.approx(expected["fid"], rel=1e-6) and first["fid"] > 1e-3
-    assert first["kid"] == pytest.approx(expected["kid"], rel=1e-6)
+    assert first["fid"] == pytest.approx(expected["fid"], rel=1e-6) and first["fid"] > 0.1
+    assert first["kid"] == pytest.approx(expected["kid"], rel=1e-5)  # the features have six digits
     np.testing.assert_allclose(first["first"], expected["first"], rtol=1e-4, atol=1e-5)
     assert all(other["fid"] == first["fid"] and other["digests"] == first["digests"] for other in others)
 

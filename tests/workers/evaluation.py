@@ -44,11 +44,11 @@ def one_fails(folder: str, network: str) -> str:
     return ""
 
 
-def fetched(url: str, target: str) -> str:
+def fetched(url: str, path: str) -> str:
     """Why a download failed on this rank, or the empty text."""
     comm.barrier()  # all ask at a time
     try:
-        fetch(url, Path(target), timeout=5)
+        fetch(url, Path(path), timeout=60)
     except OSError as error:
         return str(error)
     return ""
