@@ -44,8 +44,8 @@ def by_clean_fid(folders: list[str], network: str, mode: str) -> dict:
 
     def features(x: torch.Tensor) -> torch.Tensor:
         if mode == "legacy_tensorflow":
-            return net(x, return_features=True)
-        return net.layers((x - 128) / 128).flatten(1)
+            return net(x, return_features=True).double()
+        return net.layers((x - 128) / 128).flatten(1).double()  # numpy takes the mean of float32 in float32
 
     keys = dict(num_workers=0, batch_size=16, device=torch.device("cpu"), mode=mode, verbose=False)
     a, b = (cleanfid.fid.get_folder_features(folder, features, **keys) for folder in folders)

@@ -290,9 +290,10 @@ def test_a_network_that_cannot_be_reached_is_one_quick_error_with_the_remedy(ben
     assert "cannot be downloaded" in error and "give it as evaluate.inception=FILE" in error
 
 
+@torch.no_grad()
 def test_the_walk_over_the_layers_is_what_the_file_computes(tmp_path):
     path = save_small_inception(tmp_path / "net.pt")
-    net = torch.jit.load(path).requires_grad_(False)
+    net = torch.jit.load(path)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 48, 3), dtype=np.uint8)
     found = load_inception(path, "legacy_tensorflow").extract(images)
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
