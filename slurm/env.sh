@@ -214,8 +214,9 @@ ask() {  # SECONDS: what does not leave in that time is ended, so that the scrip
 seconds_to_save() {  # three quarters of what the job has left; 0 when it has no limit
     local end
     end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p')
-    end=$(date -d "$end" +%s 2>/dev/null) || end=0
-    echo $((end > 0 ? (end - $(date +%s)) * 3 / 4 : 0))
+    end=$(date -d "$end" +%s 2>/dev/null) || { echo 0; return; }
+    local left=$(((end - $(date +%s)) * 3 / 4))
+    echo $((left > 0 ? left : 1))
 }
 ranks='' stop='' asking=''
 trap 'hand_on USR1' USR1  # --signal: the time limit is near
