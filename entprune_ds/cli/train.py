@@ -24,8 +24,8 @@ memory that a rank will need, part by part, and the time of a resize. Nothing is
 
   WORLD_SIZE=64 LOCAL_WORLD_SIZE=8 entprune-ds train preset=... parallel.zero_stage=3 --dry-run     (8 nodes of 8)
 
-SIGUSR1 to a rank makes all ranks save a checkpoint and leave. Exit status: 0 done; 85 saved and left as asked; 75 another
-rank or the launcher is gone; 2 refused, or an error with a remedy; 128 + signal when interrupted; 1 anything else.
+SIGUSR1 to a rank makes all ranks save a checkpoint and leave. Exit status: 0 done; 85 saved and left as asked; 75
+another rank or the launcher is gone; 2 refused, or an error with a remedy; 128 + signal when interrupted; 1 other.
 
 The run folder RUNS/NAME holds config.yaml, metrics.jsonl, decisions.jsonl, checkpoints/, samples/ and model/.
 """
