@@ -80,12 +80,13 @@ def loop_problem(folder: Path, most: int, count: int, logs: Path) -> str | None:
 
 
 def last_error(logs: Path) -> str:
-    """The last line of the rank that fell silent first: the others only noticed that it was gone."""
-    files = sorted(logs.glob("rank_*.log"), key=lambda path: path.stat().st_mtime_ns)
-    for path in files[:1]:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 20_000))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        said = lines[-1] if lines and not lines[-1].startswith("== ") else "nothing"
-        return f"{path.name} fell silent first; it ends with: {said[:500]}"
-    return "No rank has written a log."
+    """How the rank has ended that ended first (slurm/env.sh writes it down): the others only lost contact with it."""
+    ended = logs / "ended"
+    if not ended.is_file():
+        return "No rank has said how it ended: Slurm or a node has ended it."
+    status, rank, node = ended.read_text().split()
+    path = logs / f"rank_{rank}.log"
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 20_000))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return f"Rank {rank} on {node} ended first, with status {status}; its log ends with: {lines[-1][:500]}"

@@ -164,8 +164,9 @@ STOPPED=85  # exit status of a rank that was asked to stop, has saved a checkpoi
 
 # One rank, in a shell of its own on its node. Its number comes from Slurm; its output goes to a file of its own, that of
 # rank 0 to the job's output too. A request to stop (USR1) must not kill a Python that does not listen yet; TERM is for
-# Python alone, which saves on it. A rank that stopped as asked leaves with 0 here, since --kill-on-bad-exit would end the
-# others in the middle of leaving; it leaves a file instead.
+# Python alone, which saves on it. The first rank that does not end well writes down how, since srun would tell the highest
+# status of all, those included that it has killed then. A rank that stopped as asked leaves with 0 here, since
+# --kill-on-bad-exit would end the others in the middle of leaving.
 rank() {
     trap '' USR1
     trap : TERM INT
@@ -184,8 +185,9 @@ rank() {
         "$ENTPRUNE_PYTHON" -m "$@" >>"$log" 2>&1
         status=$?
     fi
+    ((status != 0)) || exit 0
+    (set -o noclobber && echo "$status $RANK $SLURMD_NODENAME" >"$ENTPRUNE_RANK_LOGS/ended") 2>/dev/null
     ((status == STOPPED)) || exit "$status"
-    touch "$ENTPRUNE_RANK_LOGS/stopped"
 }
 
 hand_on() {  # SIGNAL: the batch shell tells the ranks to save and leave; again and again, for one may not listen yet
@@ -226,7 +228,7 @@ trap 'hand_on TERM' TERM  # pre-emption, scontrol requeue, scancel: Slurm knows 
 run_ranks() {  # MODULE WORDS...: every word arrives as it is
     echo "job $SLURM_JOB_ID, start $((SLURM_RESTART_COUNT + 1)): $SLURM_JOB_NUM_NODES node(s) x $tasks task(s)," \
         "rendezvous $MASTER_ADDR:$MASTER_PORT, logs in $logs"
-    rm -f "$logs/stopped"
+    rm -f "$logs/ended"
     local options=(--ntasks-per-node="$tasks" --ntasks="$((tasks * SLURM_JOB_NUM_NODES))" --kill-on-bad-exit=1)
     [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     export STOPPED ENTPRUNE_RANK_LOGS=$logs
@@ -235,5 +237,5 @@ run_ranks() {  # MODULE WORDS...: every word arrives as it is
     wait_for "$ranks" || status=$?
     ranks=''
     kill "$asking" 2>/dev/null || true
-    [[ ! -e "$logs/stopped" || $status != 0 ]] || status=$STOPPED
+    [[ ! -s "$logs/ended" ]] || read -r status _ <"$logs/ended"
 }

@@ -38,16 +38,16 @@ def test_restarts_count_until_there_is_a_newer_checkpoint(tmp_path):
     assert count("8", 2) == 0 and restarts.read(tmp_path) == restarts.Restarts(job="8", step=20, count=0)
 
 
-def test_a_crash_loop_is_told_with_the_rank_that_fell_silent_first(tmp_path):
+def test_a_crash_loop_is_told_with_the_rank_that_ended_first(tmp_path):
     assert restarts.loop_problem(tmp_path, 3, 3, tmp_path) is None
-    assert "No rank has written a log" in restarts.loop_problem(tmp_path, 3, 4, tmp_path)
+    assert "No rank has said how it ended" in restarts.loop_problem(tmp_path, 3, 4, tmp_path)
     for rank, said in {2: "disk on fire\n\n", 0: "rank 0 lost contact", 1: "rank 1 lost contact"}.items():
         (tmp_path / f"rank_{rank}.log").write_text(f"== rank {rank}\n{said}")
-        os.utime(tmp_path / f"rank_{rank}.log", ns=(0, 10**9 * (5 + (rank != 2))))
+    (tmp_path / "ended").write_text("137 2 n07\n")
     reach(tmp_path, 40)
     problem = restarts.loop_problem(tmp_path, 3, 4, tmp_path)
-    assert "3 restart(s)" in problem and "newer than step 40" in problem
-    assert "rank_2.log fell silent first; it ends with: disk on fire Logs: " in problem
+    assert "3 restart(s)" in problem and "newer than step 40" in problem and f"Logs: {tmp_path}." in problem
+    assert "Rank 2 on n07 ended first, with status 137; its log ends with: disk on fire" in problem
 
 
 def test_ranks_agree_to_stop_at_the_same_step_and_look_rarely():

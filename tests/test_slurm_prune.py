@@ -27,7 +27,7 @@ eval "$BEHAVE"
 """
 
 
-def until(condition: Callable[[], object], job: Job, seconds: float = 300) -> None:
+def until(condition: Callable[[], object], job: Job, seconds: float = 240) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not condition():
@@ -40,7 +40,7 @@ def send(job: Job, *command: str) -> None:
     subprocess.run([*command, job.id], env=job.slurm, check=True, timeout=60)
 
 
-def start_again(job: Job, restarts: int, seconds: float = 300) -> None:
+def start_again(job: Job, restarts: int, seconds: float = 240) -> None:
     """Wait until the job is requeued, and take away the two minutes that Slurm lets it wait."""
     until(lambda: job.facts()["Restarts"] == str(restarts) and job.facts()["JobState"] == "PENDING", job, seconds)
     subprocess.run(["scontrol", "update", f"JobId={job.id}", "StartTime=now"], env=job.slurm, check=True, timeout=60)
@@ -59,11 +59,20 @@ def ranks_log(job: Job, folder: Path, rank: int) -> str:
     return path.read_text() if path.exists() else ""
 
 
-STOP = """
-trap 'sleep $((RANK * 2)); touch $PLACE/left_$RANK; echo rank $RANK leaves; exit 85' USR1
+STOP = f"""
 [[ $SLURM_RESTART_COUNT == 1 ]] && echo goes on && exit 0
-touch $PLACE/ready_$RANK
-for i in {1..1000}; do sleep 0.1; done
+exec {sys.executable} -c '
+import os, pathlib, signal, sys, time
+rank, place = int(os.environ["RANK"]), pathlib.Path(os.environ["PLACE"])
+def leave(number, frame):
+    time.sleep(2 * rank)
+    (place / f"left_{{rank}}").touch()
+    print("rank", rank, "leaves")
+    sys.exit(85)
+signal.signal(signal.SIGUSR1, leave)
+(place / f"ready_{{rank}}").touch()
+time.sleep(600)
+'
 """
 
 
@@ -96,7 +105,8 @@ def test_a_crash_loop_ends_with_the_log_and_the_last_error(slurm, tmp_path):
     text = job.text()
     assert text.count("the ranks ended with status 7") == 1  # the second time it is not requeued
     assert f"1 restart(s) in a row have brought {tmp_path}/run no checkpoint at all: the job stops here" in text
-    assert "ends with: RuntimeError: GPU 3 fell off the bus" in text and f"logs/prune_xl-{job.id}" in text
+    assert "Rank 1 on n2 ended first, with status 7; its log ends with: RuntimeError: GPU 3 fell off the bus" in text
+    assert f"logs/prune_xl-{job.id}" in text
 
 
 @pytest.mark.parametrize(
