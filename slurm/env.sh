@@ -104,11 +104,11 @@ start_job() {  # the rest of the scripts relies on what this sets: hosts, tasks,
     step+=(${further[@]+"${further[@]}"})
 
     # The address is the one that Slurm reaches the first node by: a node's name need not resolve. A fixed port would meet
-    # another job; the job's number gives one between 20000 and 31999, below those that Linux hands out itself, and
-    # check_nodes goes on to the next one that is free.
+    # another job; the job's number, and how often it was started, give one between 20000 and 31999, below those that Linux
+    # hands out itself, and check_nodes goes on to the next one that is free.
     MASTER_ADDR=$(scontrol show node "${hosts[0]}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p') || true
     MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}"
-    MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID + 37 * SLURM_RESTART_COUNT) % 12000))
     export MASTER_ADDR MASTER_PORT
 }
 
