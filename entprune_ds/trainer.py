@@ -82,6 +82,7 @@ def loop(run: Run) -> None:
                 raise Stopped(f"stopped before step {run.step}, as asked by a signal.")
             if run.step in run.checks and all(d.step != run.step for d in run.decisions):
                 prune_check(run)
+                stop = StopWatch(run.step)  # it may have taken minutes: the next step is looked at
             if soft_due(config, run.soft, run.step):
                 soft_prune(run)
             loss = one_step(run)
