@@ -18,6 +18,7 @@ from entprune_ds.launcher import first_gone, launchers
 from entprune_ds.locks import FolderBusy, locked
 from entprune_ds.logs import get_logger
 from entprune_ds.redact import redacted
+from entprune_ds.stop_request import STOPPED, Stopped
 
 
 class Interrupted(BaseException):
@@ -114,8 +115,8 @@ def tell(error: BaseException, folder: Path) -> int:
     """Say once what ended this rank; from here on further signals are ignored, so that they cannot hide it.
 
     Returns:
-        The exit status: 128 + signal when interrupted, 75 when another rank is gone, 2 for an error with a remedy (of
-        this rank, or raised by all together), 1 for anything else (with its traceback).
+        The exit status: 85 when stopped on request, 128 + signal when interrupted, 75 when another rank is gone, 2 for
+        an error with a remedy (of this rank, or raised by all together), 1 for anything else (with its traceback).
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -133,6 +134,8 @@ _told: list[int] = []
 
 
 def _explain(error: BaseException, folder: Path) -> tuple[int, str]:
+    if isinstance(error, Stopped):
+        return STOPPED, f"{error} {_remedy(folder)}" if comm.is_main() else ""
     if isinstance(error, Interrupted):
         return 128 + error.number, f"stopped by {error}. {_remedy(folder)}"
     if isinstance(error, comm.RankError):

@@ -14,6 +14,7 @@ from entprune_ds.engine.ds_config import pipeline_problem, read_ds_config
 from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.importance.stack_memory import stack_problem
 from entprune_ds.interop.weights import starting_problems
+from entprune_ds.launcher import launch_problems
 from entprune_ds.pruning.schedule import schedule_problem
 from entprune_ds.ranking import needed_criteria
 from entprune_ds.rollback import rollback_pending, rollback_problem
@@ -43,6 +44,8 @@ def training_problems(config: Config, data_needed: bool = True) -> list[str]:
         config: the resolved settings.
         data_needed: whether missing `data.shards` are a problem; those that are given are always looked at.
     """
+    if found := launch_problems():
+        return found
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     found = problems_of(config)
     if found:

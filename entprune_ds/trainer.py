@@ -35,6 +35,7 @@ from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, re
 from entprune_ds.run_view import log_macs, log_step, sample_grid, validate
 from entprune_ds.soft_budget import removal_steps
 from entprune_ds.soft_pruning import soft_due, soft_update
+from entprune_ds.stop_request import Stopped, StopWatch, listen
 
 log = get_logger()
 
@@ -47,6 +48,7 @@ def train(config: Config, arguments: list[str]) -> None:
         arguments: the words of the command line, kept for "how to reproduce".
     """
     raise_on_signals()
+    listen()
     with explained(config.run_dir):
         joined = comm.init(config.run.timeout_seconds)
         with locked_by_job([config.run_dir], "`run.name` or `run.root`"):
@@ -58,7 +60,7 @@ def train(config: Config, arguments: list[str]) -> None:
                 except BaseException as error:
                     tell(error, config.run_dir)  # before anything that may block or be interrupted
                     with contextlib.suppress(Exception):
-                        run.monitor.finish(exit_code=1)
+                        run.monitor.finish(exit_code=0 if isinstance(error, Stopped) else 1)
                     raise
             hand_over(run)
             destroy_engine(run.engine)  # the process may go on with another run
@@ -73,10 +75,14 @@ def loop(run: Run) -> None:
     if run.step >= last:
         log.info("all %d steps are done already; only the closing figures are made again", run.step)
     with progress("train", total=config.train.num_steps, done=run.step) as line:
-        run.started = time.monotonic()
+        run.started, stop = time.monotonic(), StopWatch(run.step)
         while run.step < last:
+            if stop.asked(run.step):
+                checkpoint(run)
+                raise Stopped(f"stopped before step {run.step}, as asked by a signal.")
             if run.step in run.checks and all(d.step != run.step for d in run.decisions):
                 prune_check(run)
+                stop = StopWatch(run.step)  # it may have taken minutes: the next step is looked at
             if soft_due(config, run.soft, run.step):
                 soft_prune(run)
             loss = one_step(run)

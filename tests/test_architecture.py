@@ -68,6 +68,8 @@ FLOORS = (
         "race_sharded",
         "race_trial",
         "soft_pruning",
+        "restarts",
+        "stop_request",
     ),
     ("run_state", "run_view", "trainer"),
     ("cli",),

@@ -1,4 +1,4 @@
-"""slurm/encode_latents.sh and tools/local_slurm.sh, on a real Slurm of two nodes."""
+"""slurm/encode_latents.sh, what all scripts of slurm/ share, and tools/local_slurm.sh, on a real Slurm of two nodes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,29 @@ from tests.ranks import ROOT
 from tests.test_diffusers import tiny_vae
 from tests.test_encode import content, write_pixels
 
-SCRIPT = ROOT / "slurm" / "encode_latents.sh"
+SCRIPT, PRUNE, SAMPLE = (ROOT / "slurm" / f"{name}.sh" for name in ("encode_latents", "prune_xl", "sample_fid"))
+SCRIPTS = [SCRIPT, PRUNE, SAMPLE]
+NO_CHECK = {"ENTPRUNE_CHECK_SECONDS": "0"}
 LOCAL_SLURM = ROOT / "tools" / "local_slurm.sh"
 CPU_ONLY = ("--gpus-per-node=0", "--cpus-per-task=1")
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 RECORD = f"""#!{sys.executable}
 import json, os, sys
-with open(os.environ["RECORD"] + "/" + os.environ["RANK"], "w") as file:
+if "entprune_ds.cli.slurm" in sys.argv:
+    sys.exit(print(os.environ["RECORD"]))  # the run folder
+with open(os.environ["RECORD"] + "/" + sys.argv[2] + os.environ["RANK"], "w") as file:
     values = {{key: os.environ[key] for key in {NUMBERS}}}
     json.dump([sys.argv[1:], values, os.environ["SLURMD_NODENAME"]], file)
 """
 
 
 class Job:
-    """One `sbatch slurm/encode_latents.sh`, submitted from the repository as a user does."""
+    """One `sbatch slurm/SCRIPT`, submitted from the repository as a user does."""
 
-    def __init__(self, slurm: dict[str, str], folder: Path, options, words):
-        self.slurm, self.output = slurm, folder / "job.out"
-        command = ["sbatch", "--parsable", f"--output={self.output}", *options, str(SCRIPT), *words]
+    def __init__(self, slurm: dict[str, str], folder: Path, options, words, script: Path = SCRIPT):
+        self.slurm, self.output = slurm | {"ENTPRUNE_LOGS": str(folder / "logs")}, folder / "job.out"
+        command = ["sbatch", "--parsable", f"--output={self.output}", *options, str(script), *words]
+        slurm = self.slurm
         self.id = subprocess.check_output(command, env=slurm, cwd=ROOT, text=True, timeout=60).strip()
 
     def facts(self) -> dict[str, str]:
@@ -64,25 +69,32 @@ def executable(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_every_word_arrives_unmangled_on_every_rank(slurm, tmp_path):
-    words = ["data.shards=/data/in-{0000..1023}.tar", "out=a b", "sample.vae=$HOME/*", "x='\"", "", "--dry-run"]
+@pytest.mark.parametrize(
+    ("script", "modules"),
+    [(SCRIPT, ["encode"]), (PRUNE, ["train"]), pytest.param(SAMPLE, ["sample", "evaluate"], marks=pytest.mark.full)],
+)
+def test_every_word_arrives_unmangled_on_every_rank(slurm, tmp_path, script, modules):
+    words = ["data.shards=/data/in-{0000..1023}.tar", "sample.out=a b", "sample.vae=$HOME/*", "x='\"", "", "--dry-run"]
     python = executable(tmp_path / "python", RECORD)
-    job = Job(slurm | {"ENTPRUNE_PYTHON": python, "RECORD": str(tmp_path)}, tmp_path, ["--nodes=2"], words)
+    variables = {"ENTPRUNE_PYTHON": python, "RECORD": str(tmp_path), **NO_CHECK}
+    job = Job(slurm | variables, tmp_path, ["--nodes=2"], words, script)
     assert job.wait() == ("COMPLETED", "0:0"), job.text()
     port = str(20000 + int(job.id) % 12000)
     assert f"2 node(s) x 8 task(s), rendezvous 127.0.0.1:{port}" in job.text()
     same = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for rank in range(16):
-        given, values, node = json.loads((tmp_path / str(rank)).read_text())
-        assert given == ["-m", "entprune_ds.cli.encode", *words]
-        assert values == {"RANK": str(rank), "LOCAL_RANK": str(rank % 8), "OMP_NUM_THREADS": "8", **same}
-        assert node == ("n1" if rank < 8 else "n2")
+    for module in modules:
+        more = ["evaluate.samples=a b", "evaluate.out=a b.json"] if module == "evaluate" else []
+        for rank in range(16):
+            given, values, node = json.loads((tmp_path / f"entprune_ds.cli.{module}{rank}").read_text())
+            assert given == ["-m", f"entprune_ds.cli.{module}", *words, *more]
+            assert values == {"RANK": str(rank), "LOCAL_RANK": str(rank % 8), "OMP_NUM_THREADS": "8", **same}
+            assert node == ("n1" if rank < 8 else "n2")
 
 
 def test_a_rank_that_fails_ends_the_job_on_all_nodes(slurm, tmp_path):
     python = executable(tmp_path / "python", "#!/bin/bash\n[[ $RANK == 1 ]] && exit 3\nexec sleep 600\n")
     options = ["--nodes=2", "--ntasks-per-node=2", *CPU_ONLY]
-    job = Job(slurm | {"ENTPRUNE_PYTHON": python}, tmp_path, options, [])
+    job = Job(slurm | {"ENTPRUNE_PYTHON": python, **NO_CHECK}, tmp_path, options, [])
     assert job.wait(60)[0] == "FAILED"
     assert "2 node(s) x 2 task(s)" in job.text() and "n1: task 1: Exited with exit code 3" in job.text()
 
@@ -121,40 +133,67 @@ def test_a_job_that_is_cancelled_goes_on_after_its_last_finished_shard(slurm, tm
         assert content(tmp_path / name) == content(tmp_path / "cut")
 
 
+FAKE_JOB = {"SLURM_JOB_ID": "4335987", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_NUM_NODES": "2"}
+
+
+def run(script: Path, environment: dict[str, str], stand_ins: Path) -> subprocess.CompletedProcess:
+    """A script outside Slurm, with stand-ins for srun (prints its words) and scontrol (knows nodes, not addresses)."""
+    executable(stand_ins / "srun", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    executable(stand_ins / "scontrol", '#!/bin/bash\n[[ "$2" == hostnames ]] && printf "%s\\n" node07 node08\n')
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "ENTPRUNE_"))}
+    place = {"PATH": f"{stand_ins}:{os.environ['PATH']}", "ENTPRUNE_LOGS": str(stand_ins / "logs")}
+    command = ["bash", str(script), "out=x", "sample.out=x"]
+    return subprocess.run(
+        command, env=plain | place | NO_CHECK | environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
 def test_container_and_further_options_come_from_variables(tmp_path):
     """With a stand-in for srun, because its container options are pyxis's, which Slurm itself does not have."""
-    executable(tmp_path / "srun", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
-    executable(tmp_path / "scontrol", '#!/bin/bash\n[[ "$2" == hostnames ]] && echo node07\n')  # addresses: not allowed
-    job = {"SLURM_JOB_ID": "4335987", "SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_NUM_NODES": "2"}
     variables = {"ENTPRUNE_CONTAINER": "/c/a b.sqsh", "ENTPRUNE_MOUNTS": "/data:/data", "ENTPRUNE_TASKS": "1"}
-    further = {"ENTPRUNE_SRUN": "--mpi=none --quiet", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    result = run(os.environ | job | variables | further)
+    result = run(SCRIPT, FAKE_JOB | variables | {"ENTPRUNE_SRUN": "--mpi=none --quiet"}, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[:8] == [
-        "job 4335987: 2 node(s) x 1 task(s), rendezvous node07:23987",
-        "--ntasks-per-node=1", "--ntasks=2", "--kill-on-bad-exit=1",
+    lines = result.stdout.splitlines()
+    assert "start 1: 2 node(s) x 1 task(s), rendezvous node07:23987" in lines[0]
+    assert lines[1:9] == [
+        "--ntasks-per-node=1", "--ntasks=2", "--kill-on-bad-exit=1", "--overlap",
         "--container-image=/c/a b.sqsh", "--container-mounts=/data:/data", "--mpi=none", "--quiet",
     ]  # fmt: skip
 
 
-def run(environment) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=120)
+WRONG = {
+    "SLURM_JOB_ID=": "sbatch slurm/{script}",
+    "SLURM_JOB_ID=12a": "`SLURM_JOB_ID` is '12a'",
+    "SLURM_JOB_NODELIST=": "`SLURM_JOB_NODELIST` is missing, though `SLURM_JOB_ID` is 4335987",
+    "SLURM_JOB_NUM_NODES=3": "`SLURM_JOB_NUM_NODES` is 3, but `SLURM_JOB_NODELIST` (node[07-08]) names 2",
+    "SLURM_STEP_ID=0": "Start it with: sbatch slurm/{script}",
+    "SLURM_GPUS_PER_TASK=1": "Give --gpus-per-node",
+    "ENTPRUNE_TASKS=two": "got 'two'. Set `ENTPRUNE_TASKS`",
+    "SLURM_GPUS_ON_NODE=4 ENTPRUNE_TASKS=8": "8 tasks share 4 GPU(s)",
+    "ENTPRUNE_TASKS=4 SLURM_CPUS_PER_TASK=8 SLURM_CPUS_ON_NODE=16": "need 32 CPUs of a node, but the job has 16",
+    "ENTPRUNE_CHECK_SECONDS=1m": "`ENTPRUNE_CHECK_SECONDS` is '1m'",
+    "ENTPRUNE_ROOT=/nowhere": "set `ENTPRUNE_ROOT`",
+}
 
 
-def test_outside_a_job_it_says_how_to_start_it():
-    result = run({k: v for k, v in os.environ.items() if k != "SLURM_JOB_ID"})
-    assert result.returncode == 2 and "sbatch slurm/encode_latents.sh" in result.stderr
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_missing_and_contradictory_variables_are_refused_before_anything_starts(tmp_path, script):
+    for wrong, text in WRONG.items():
+        result = run(script, FAKE_JOB | dict(w.split("=") for w in wrong.split()), tmp_path)
+        assert result.returncode == 2 and text.format(script=script.name) in result.stderr, (wrong, result.stderr)
+        assert result.stdout == ""  # srun was not called
 
 
-@pytest.mark.parametrize("script", [SCRIPT, LOCAL_SLURM, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, LOCAL_SLURM, ROOT / ".ci" / "run"], ids=lambda path: path.name)
 def test_the_scripts_are_plain_bash(script):
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     if shutil.which("shellcheck"):
-        assert subprocess.run(["shellcheck", str(script)]).returncode == 0
+        assert subprocess.run(["shellcheck", "-x", str(script)], cwd=ROOT).returncode == 0
 
 
-def test_slurm_reads_every_option_of_the_script():
-    lines = SCRIPT.read_text().splitlines()
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_slurm_reads_every_option_of_the_scripts(script):
+    lines = script.read_text().splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert "#SBATCH" not in "".join(lines[first_command:])  # sbatch ignores those after the first command
 
@@ -191,6 +230,7 @@ def test_local_slurm_ends_everything_after_a_crash(slurm, tmp_path, victims):
     """A second instance beside the first: it loses daemons while a job runs, comes back, and ends without a trace."""
     folder = Path(slurm["LOCAL_SLURM_DIR"]).with_name("crash")
     mine = slurm | {"LOCAL_SLURM_DIR": str(folder), "SLURM_CONF": str(folder / "slurm.conf")}
+    mine |= NO_CHECK
     mine["ENTPRUNE_PYTHON"] = executable(tmp_path / "python", "#!/bin/bash\nexec sleep 600\n")
 
     def crash():

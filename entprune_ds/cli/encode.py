@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from entprune_ds.cli.common import help_text, launched_words, leave, refuse, split_shortcuts, wants_help
 from entprune_ds.config import Config, ConfigError, load_config
 from entprune_ds.config_checks import image_problems
+from entprune_ds.launcher import launch_problems
 
 if TYPE_CHECKING:
     from entprune_ds.data.index import Index
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _problems(config: Config) -> list[str]:
-    found = image_problems(config)
+    found = launch_problems() + image_problems(config)
     required = {"data.shards": config.data.shards, "data.out": config.data.out, "sample.vae": config.sample.vae}
     return found + [f"`{key}` is missing. See --help." for key, value in required.items() if not value]
 

@@ -70,9 +70,10 @@ def _load(words: list[str], folder: Path | None) -> tuple[Config, Source]:
     Raises:
         ConfigError: listing every problem.
     """
+    from entprune_ds.launcher import launch_problems
     from entprune_ds.preflight import data_problems
 
-    config = load_config(words, check=lambda config: [])
+    config = load_config(words, check=lambda config: launch_problems())
     if not config.model.weights:
         raise ConfigError([*problems_of(config), f"`model.weights` is missing. {WHERE}"])
     try:

@@ -16,12 +16,16 @@ Train a diffusion or flow transformer (DiT, SiT) under DeepSpeed and remove bloc
       data.shards=latents/train prune.target_depth=14 prune.end_step=20000 train.num_steps=100000
   torchrun --nproc_per_node 8 -m entprune_ds.cli.train preset=...
   python -m entprune_ds.cli.train preset=...                    (one process)
+  sbatch --nodes 4 slurm/prune_xl.sh preset=...                 (Slurm; requeues itself until the training is done)
 
 The same command again resumes from the newest checkpoint, exactly. Without a GPU the ranks run on the CPU over gloo.
 --dry-run checks settings, data and weights as a start does and stops; the data may be left out. It prints them with the
 memory that a rank will need, part by part, and the time of a resize. Nothing is launched, so any job can be asked for:
 
   WORLD_SIZE=64 LOCAL_WORLD_SIZE=8 entprune-ds train preset=... parallel.zero_stage=3 --dry-run     (8 nodes of 8)
+
+SIGUSR1 to a rank makes all ranks save a checkpoint and leave. Exit status: 0 done; 85 saved and left as asked; 75
+another rank or the launcher is gone; 2 refused, or an error with a remedy; 128 + signal when interrupted; 1 other.
 
 The run folder RUNS/NAME holds config.yaml, metrics.jsonl, decisions.jsonl, checkpoints/, samples/ and model/.
 """

@@ -1,0 +1,126 @@
+"""The count of restarts in a run folder, the agreement to stop, and what is said of a wrong launch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from entprune_ds import restarts
+from entprune_ds.cli.encode import main as encode
+from entprune_ds.cli.train import main as train
+from tests.ranks import ROOT, run_ranks
+from tests.test_faults import LAUNCHER, finish, launch, wait_for_step
+from tests.test_training import losses, words
+
+
+def reach(run: Path, step: int) -> None:
+    """The newest checkpoint of a run is at this step."""
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / "latest").write_text(f"step_{step:08d}")
+
+
+def test_restarts_count_until_there_is_a_newer_checkpoint(tmp_path):
+    def count(job: str, start: int) -> int:
+        return restarts.begin(tmp_path, job, start).count
+
+    assert [count("7", start) for start in range(3)] == [0, 1, 2]
+    reach(tmp_path, 40)
+    assert restarts.next_count(tmp_path) == 0 and count("7", 3) == 0 and count("7", 4) == 1
+    reach(tmp_path, 20)  # an older one is no progress
+    assert count("7", 5) == 2
+    assert count("8", 0) == 0  # the user has started another job
+    assert count("8", 1) == 1 and count("8", 0) == 0
+    (tmp_path / restarts.FILE).write_text("{")
+    assert count("8", 2) == 0 and restarts.read(tmp_path) == restarts.Restarts(job="8", step=20, count=0)
+
+
+def test_a_crash_loop_is_told_with_the_rank_that_ended_first(tmp_path):
+    assert restarts.loop_problem(tmp_path, 3, 3, tmp_path) is None
+    assert "No rank has said how it ended" in restarts.loop_problem(tmp_path, 3, 4, tmp_path)
+    for rank, said in {2: "disk on fire\n\n", 0: "rank 0 lost contact", 1: "rank 1 lost contact"}.items():
+        (tmp_path / f"rank_{rank}.log").write_text(f"== rank {rank}\n{said}")
+    (tmp_path / "ended").write_text("137 2 n07\n")
+    reach(tmp_path, 40)
+    problem = restarts.loop_problem(tmp_path, 3, 4, tmp_path)
+    assert "3 restart(s)" in problem and "newer than step 40" in problem and f"Logs: {tmp_path}." in problem
+    assert "Rank 2 on n07 ended first, with status 137; its log ends with: disk on fire" in problem
+
+
+def test_ranks_agree_to_stop_at_the_same_step_and_look_rarely():
+    """Rank 1 alone is asked, in the middle; a rank that looked by itself would wait for ever."""
+    found = run_ranks("tests.workers.stop_request:stops", 2, steps=3000, asked_at=1700)
+    assert found[0]["stopped"] == found[1]["stopped"]
+    assert 1700 < found[0]["stopped"] <= 1700 + 200
+    assert found[0]["looks"] == found[1]["looks"] < 40
+    assert run_ranks("tests.workers.stop_request:stops", 2, steps=300, asked_at=1000)[0]["stopped"] is None
+
+
+@pytest.mark.full
+def test_usr1_to_one_rank_saves_and_ends_all_with_status_85(digits, tmp_path):
+    """Outside Slurm too, under the deepspeed launcher; nothing is lost, and the same command goes on."""
+    import psutil
+
+    given = words(digits, tmp_path, "run", "train.num_steps=4000", "prune.end_step=8", "train.checkpoint_every=4000")
+    process = launch(given, tmp_path / "log")
+    wait_for_step(tmp_path / "run", 20, process)
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+    ranks[-1].send_signal(signal.SIGUSR1)
+    finish(process, seconds=120)
+    text = (tmp_path / "log").read_text()
+    step = int(text.partition("stopped before step ")[2].partition(",")[0])
+    assert "return code = 85" in text and "the same command resumes from it" in text
+    assert max(losses(tmp_path / "run")) == step
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step:08d}"
+
+
+RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20000"}
+NO_RANK = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+LAUNCHES = [
+    (NO_RANK, "srun has started 4 tasks, but `RANK` is missing"),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun has started 4 processes"),
+    ({**RANK, "RANK": "2"}, "`RANK` is 2, but `WORLD_SIZE` is 2"),
+    ({**RANK, "LOCAL_WORLD_SIZE": "0"}, "`LOCAL_RANK` is 0, but `LOCAL_WORLD_SIZE` is 0"),
+    ({**RANK, "WORLD_SIZE": "two"}, "`WORLD_SIZE` is 'two'"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "`MASTER_ADDR` and `MASTER_PORT` missing, though `WORLD_SIZE` is 2"),
+]
+
+
+@pytest.mark.parametrize(("variables", "said"), LAUNCHES)
+@pytest.mark.parametrize("command", [train, encode])
+def test_launches_that_cannot_work_are_refused_before_any_work(monkeypatch, capsys, tmp_path, variables, said, command):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    given = [f"run.root={tmp_path}"] if command is train else [f"out={tmp_path}/out", "data.shards=x", "sample.vae=x"]
+    assert command(given) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+PDSH = """#!/bin/bash
+# Stands for pdsh, without ssh: what it is told to run becomes a child of init, as behind a remote sshd.
+while [[ "$1" == -* ]]; do [[ "$1" == -S ]] && shift || shift 2; done
+command="$*"
+setsid --fork bash -c "${command//%n/0} >$PLACE/log 2>&1; touch $PLACE/done"
+for i in {1..1200}; do [[ -e $PLACE/done ]] && exit; sleep 0.1; done
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("in_slurm", [True, False])
+def test_a_launch_by_pdsh_is_refused_in_a_slurm_job_only(tmp_path, monkeypatch, in_slurm):
+    """The real `deepspeed --launcher pdsh`, with a stand-in for pdsh."""
+    (tmp_path / "pdsh").write_text(PDSH)
+    (tmp_path / "pdsh").chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PLACE": str(tmp_path)}
+    environment |= {"SLURM_JOB_ID": "12"} if in_slurm else {}
+    command = [LAUNCHER, "--hostfile", str(tmp_path / "hosts"), "--force_multi", "--no_ssh_check", "--launcher", "pdsh"]
+    command += ["--master_addr", "127.0.0.1", "--module", "entprune_ds.cli.train", "preset=digits", "data.shards="]
+    subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=200)
+    text = (tmp_path / "log").read_text()
+    assert ("past Slurm" in text and "sbatch slurm/prune_xl.sh" in text) is in_slurm
+    assert ("`data.shards` is empty" in text) is not in_slurm
