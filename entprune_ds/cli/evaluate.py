@@ -12,6 +12,7 @@ import numpy as np
 from entprune_ds.cli.common import help_text, refuse, split_shortcuts, wants_help, with_run
 from entprune_ds.cli.sample import draw, protocol_path, sampling_problems
 from entprune_ds.config import Config, ConfigError, load_config, problems_of
+from entprune_ds.plain_json import parse_json
 
 if TYPE_CHECKING:
     from entprune_ds.data.index import Index
@@ -146,7 +147,7 @@ def figures(config: Config, weights: Path, samples: str, references: dict, extra
     from entprune_ds.models.registry import count_parameters
 
     if samples:
-        (images, labels), protocol = load_npz(samples), json.loads(protocol_path(Path(samples)).read_text())
+        (images, labels), protocol = load_npz(samples), parse_json(protocol_path(Path(samples)).read_text())
     else:
         images, labels, protocol = draw(config, weights)
     source = open_weights(weights, assumed=config.model)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entprune_ds import config, logs
-from entprune_ds.cli.common import split_shortcuts, wants_help
+from entprune_ds.cli.common import refuse, split_shortcuts, wants_help
 from entprune_ds.config_checks import image_problems
 from entprune_ds.locks import locked
-from entprune_ds.redact import redacted
 
 if TYPE_CHECKING:
     from entprune_ds.data.prepare import Job, Split
@@ -82,13 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = read_settings([word for word in words if word != "--dry-run"])
         return write(settings, dry_run="--dry-run" in words)
+    except config.ConfigError as error:
+        return refuse(error.problems)
     except ValueError as error:
-        print(redacted(str(error)), file=sys.stderr)
-        return 2
+        return refuse([str(error)])
     except OSError as error:
         message = f"cannot read or write {error.filename or 'the shards'}: {error.strerror or error}."
-        print(f"{message} Make room or check the path and the permissions, or choose another `out`.", file=sys.stderr)
-        return 2
+        return refuse([f"{message} Make room or check the path and the permissions, or choose another `out`."])
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -144,8 +143,7 @@ def write(settings: config.Config, dry_run: bool) -> int:
             return 0
         with _locked(job.out, splits):
             failed = [text for name, split in splits.items() if (text := _write_split(job, split, name, workers))]
-    for text in failed:
-        print(text, file=sys.stderr)
+    refuse(failed)
     return 1 if failed else 0
 
 

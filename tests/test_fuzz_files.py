@@ -1,0 +1,183 @@
+"""Files that were whole and had one value changed: every command uses them or says what is wrong with them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from entprune_ds.atomic import file_sha256
+from entprune_ds.config import to_dict, to_yaml
+from entprune_ds.engine.state import KEYS
+from entprune_ds.interop.safetensors import write_export
+from entprune_ds.interop.source import Source
+from entprune_ds.models.dit import DiT
+from tests.fuzz_cases import QUICK, inside, refused
+from tests.tiny import MODEL, tiny_config
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st.floats(), st.text(max_size=6),
+    st.sampled_from([10**30, -(10**30), 2**63, 10**400, float("nan"), float("inf"), 1e308, "", "\x00", "\ud800", "a\nb", "../x", "9" * 5000]),
+)  # fmt: skip
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4
+)  # fmt: skip
+LAST = {"file": "text", "below": "text/x"}
+FILES = {
+    "index.json": [
+        "train model.weights=missing",
+        "score",
+        "evaluate weights=export sample.num_steps=1",
+        "encode out=o sample.vae=missing",
+        "compare target_depth=2",
+    ],
+    "export/config.json": [
+        "train",
+        "score weights=export",
+        "sample weights=export out=text/x",
+        "evaluate weights=export",
+        "export src=export out=text/x",
+        "import src=export out=text/x",
+    ],
+    "run/config.yaml": [
+        "train run.root=. run.name=run",
+        "score run=run",
+        "sample run=run out=text/x",
+        "evaluate run=run",
+        "report run",
+    ],
+    "run/checkpoints/step_00000001/manifest.json": [
+        "train run.root=. run.name=run",
+        "score run=run",
+        "export run=run out=text/x",
+        "train run.root=. run.name=run prune.rollback=step_1",
+    ],
+    "ds.json": [
+        "train parallel.ds_config=ds.json",
+        "train parallel.ds_config=ds.json parallel.pipe_stages=2 --dry-run",
+    ],
+    "diffusers/config.json": [
+        "import src=diffusers out=text/x",
+        "train model.weights=diffusers",
+        "export src=diffusers out=text/x",
+    ],
+    "run/decisions.jsonl": ["score --replay run", "report run"],
+    "run/metrics.jsonl": ["report run"],
+    "run/evaluation.json": ["report run"],
+}
+"""Words that read each file; what else they need is missing, so that nothing is started."""
+EITHER = ("report", "score --replay", "--dry-run")
+"""Commands that may find nothing wrong."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, digits) -> tuple[Path, dict[str, Any]]:
+    """A folder of files in order, and what each of FILES holds."""
+    root = tmp_path_factory.mktemp("whole")
+    config = tiny_config()
+    model = DiT(MODEL)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    write_export(root / "export", Source(MODEL, weights.__getitem__, {"weights": "ema", "step": 1}))
+    shutil.copytree(root / "export", root / "run" / "model")
+    step = root / "run" / "checkpoints" / "step_00000001"
+    step.mkdir(parents=True)
+    save_file(
+        {f"{key}/{n}": w.flatten().contiguous() for n, w in weights.items() for key in KEYS},
+        step / "rank_00000.safetensors",
+    )
+    part = step / "rank_00000.safetensors"
+    ranges = [[n, 0, w.numel()] for n, w in weights.items()]
+    files = [{"name": part.name, "bytes": part.stat().st_size, "sha256": file_sha256(part), "ranges": ranges}]
+    manifest = {
+        "format": 1, "step": 1, "kept_blocks": list(MODEL.blocks), "block_widths": [], "adam_step": 1, "ema_count": 1,
+        "shapes": {n: list(w.shape) for n, w in weights.items()}, "files": files, "record": {"config": to_dict(config)},
+    }  # fmt: skip
+    (root / "diffusers").mkdir()
+    described = {"_class_name": "DiTTransformer2DModel", "num_attention_heads": 2, "attention_head_dim": 16,
+    "in_channels": 4,
+                 "out_channels": 8, "num_layers": 2, "sample_size": 4, "patch_size": 2,
+                 "num_embeds_ada_norm": 3}  # fmt: skip
+    save_file({"x": torch.zeros(1)}, root / "diffusers" / "diffusion_pytorch_model.safetensors")
+    zero = {"stage": 1, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu"}}
+    scores = {"ced": {str(b): {"value": 0.1, "standard_error": 0.01} for b in MODEL.blocks}}
+    decision = {"check": 0, "step": 1, "criterion": "ced", "scores": scores, "kept_before": [0, 1, 2, 3],
+    "kept_blocks": [0, 1], "order": [3, 2, 1, 0],
+                "removed": [2, 3], "chosen_depth": 2, "candidates": [{"depth": 2, "ntk": 1.0}]}  # fmt: skip
+    figures = {
+        "pruned": {"fid": 1.0, "depth": 2, "original_depth": 4, "parameters": 7, "latency_ms": {"1": 2.0}},
+        "protocol": {"num_samples": 3},
+    }
+    held = {
+        "index.json": json.loads((Path(digits) / "train" / "index.json").read_text()),
+        "export/config.json": json.loads((root / "export" / "config.json").read_text()),
+        "run/config.yaml": yaml.safe_load(to_yaml(replace(config, model=MODEL))),
+        "run/checkpoints/step_00000001/manifest.json": manifest,
+        "ds.json": {"zero_optimization": zero, "bf16": {"enabled": False}},
+        "diffusers/config.json": described, "run/decisions.jsonl": decision,
+        "run/metrics.jsonl": {"step": 1, "time": 1.0, "train/loss": 0.5, "train/depth": 4},
+        "run/evaluation.json": figures,
+    }  # fmt: skip
+    (root / "text").write_text("not a folder")
+    for name, values in held.items():
+        write(root / name, values)
+    return root, held
+
+
+def write(path: Path, values: Any) -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(values))  # JSON is YAML, too
+
+
+@st.composite
+def changed(draw: st.DrawFn, values: Any) -> Any:
+    """The values with one or two of them replaced, or taken out."""
+    values = copy.deepcopy(values)
+    for _ in range(draw(st.integers(1, 2))):
+        place, path = values, draw(st.lists(st.integers(0, 30), min_size=1, max_size=5))
+        for number in path:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = keys[number % len(keys)]
+            if isinstance(place[key], (dict, list)) and place[key] and number != path[-1]:
+                place = place[key]
+                continue
+            if draw(st.booleans()) or isinstance(place, list):
+                place[key] = draw(anything)
+            else:
+                del place[key]
+            break
+    return values
+
+
+def check(root: Path, words: str) -> None:
+    command, *rest = words.split()
+    refused(command, rest, (0, 1, 2) if any(either in words for either in EITHER) else (2,))
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(**QUICK, max_examples=30)
+@given(data=st.data())
+def test_a_changed_file_is_used_or_refused_on_one_line_each(name, data, whole):
+    root, held = whole
+    values = data.draw(changed(held[name]))
+    words = data.draw(st.sampled_from(FILES[name]))
+    if name == "index.json":
+        words += " data.shards=."
+    with inside(root):
+        try:
+            write(root / name, values)
+            check(root, words)
+        finally:
+            write(root / name, held[name])
