@@ -78,7 +78,7 @@ FILES = {
 }
 """Words that take a path; {} is where it goes."""
 MAY_PASS = {"report": (0, 2), "score": (0, 1, 2)}
-"""Commands that find nothing wrong with some of these: a run folder whose files are damaged has a report that says so."""
+"""Commands that may find nothing wrong with these: the report of a damaged run folder says what is damaged."""
 
 
 @pytest.fixture(scope="module")

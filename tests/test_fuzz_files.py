@@ -27,13 +27,13 @@ from tests.tiny import MODEL, tiny_config
 
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st.floats(), st.text(max_size=6),
-    st.sampled_from([10**30, -(10**30), 2**63, 10**400, float("nan"), float("inf"), 1e308, "", "\x00", "\ud800", "a\nb", "../x", "9" * 5000]),
+    st.sampled_from([10**30, -(10**30), 2**63, 10**400, float("nan"), float("inf"), 1e308]),
+    st.sampled_from(["", "\x00", "\ud800", "a\nb", "../x", "9" * 5000]),
 )  # fmt: skip
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=4
 )  # fmt: skip
-LAST = {"file": "text", "below": "text/x"}
 FILES = {
     "index.json": [
         "train model.weights=missing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -121,7 +122,7 @@ def _problems(settings: config.Config) -> list[str]:
         what = {"folder": "folder", "csv": "file"}[data.source]
         found.append(f"`data.src`: there is no {what} {data.src}. Correct the path.")
     if data.source in ("folder", "webdataset") and data.out and data.src:
-        src, out = Path(data.src).resolve(), Path(data.out).resolve()
+        src, out = Path(os.path.realpath(data.src)), Path(os.path.realpath(data.out))  # resolve() raises for loops
         if out == src or src in out.parents:
             found.append(f"`data.out` must lie outside `data.src` ({data.src}), got {data.out}. Choose another folder.")
     return found
