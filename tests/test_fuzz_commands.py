@@ -77,6 +77,8 @@ FILES = {
     "report": ["{}", "{} {}"],
 }
 """Words that take a path; {} is where it goes."""
+EVERY = 3
+"""Of the bad files, each command sees every third in the quick tests, beginning at another one."""
 MAY_PASS = {"report": (0, 2), "score": (0, 1, 2)}
 """Commands that may find nothing wrong with these: the report of a damaged run folder says what is damaged."""
 
@@ -94,29 +96,70 @@ def statuses(command: str, template: str) -> tuple[int, ...]:
     return MAY_PASS.get(command, (2,)) if command != "score" or "--replay" in template else (2,)
 
 
-@pytest.mark.parametrize("command", BAD)
-@settings(**QUICK, max_examples=60)
-@given(data=st.data())
-def test_random_words_are_refused_on_one_line_each(command, data, places):
-    given_words = data.draw(st.lists(words, max_size=4))
-    with inside(places[0]):
+def check_words(command: str, given_words: list[str], root: Path) -> None:
+    with inside(root):
         refused(command, [*given_words, *BAD[command]])
+
+
+@pytest.mark.parametrize("command", BAD)
+@settings(**QUICK, max_examples=40)
+@given(given_words=st.lists(words, max_size=4))
+def test_random_words_are_refused_on_one_line_each(command, given_words, places):
+    check_words(command, given_words, places[0])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", BAD)
+@settings(**QUICK, max_examples=2000)
+@given(given_words=st.lists(words, max_size=6))
+def test_many_random_words_are_refused_on_one_line_each(command, given_words, places):
+    check_words(command, given_words, places[0])
+
+
+def check_files(command: str, names: list[str], templates: list[str], root: Path) -> None:
+    with inside(root):
+        for template in templates:
+            for name in names:
+                refused(command, [w.replace("{}", name) for w in template.split()], statuses(command, template))
 
 
 @pytest.mark.parametrize("command", FILES)
 def test_bad_files_are_refused_on_one_line_each(command, places):
+    """Every command sees each kind of file once, in one of its places; the others are in the full matrix."""
     root, names = places
-    with inside(root):
-        for number, name in enumerate(names):
-            template = FILES[command][number % len(FILES[command])]
-            refused(command, [w.replace("{}", name) for w in template.split()], statuses(command, template))
+    templates, start = FILES[command], list(FILES).index(command)
+    for number, name in enumerate(names[start % EVERY :: EVERY]):
+        check_files(command, [name], [templates[number % len(templates)]], root)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("command", FILES)
 def test_all_bad_files_in_all_places(command, places):
-    root, names = places
-    with inside(root):
-        for template in FILES[command]:
-            for name in names:
-                refused(command, [w.replace("{}", name) for w in template.split()], statuses(command, template))
+    check_files(command, places[1], FILES[command], places[0])
+
+
+@pytest.mark.parametrize(
+    ("command", "given_words", "told"),
+    [
+        ("train", ["preset=file_bomb.yaml"], "`*a0` refers to another part: write it out"),
+        ("train", ["preset=file_tag.yaml"], "is not plain YAML"),
+        ("train", ["preset=file_deep.yaml"], "is not plain YAML"),
+        ("train", ["model.depth=!!timestamp x"], "`model.depth` must be a whole number, got '!!timestamp x'"),
+        ("train", ["model.weights=a\nb"], "`model.weights`: a b is not an exported model"),
+        ("train", ["data.shards=x\x1b[2J"], "'x\\x1b[2J' is neither a folder of shards"),
+        ("train", ["data.shards=" + "b/" * 3000], "a path among the settings cannot be looked at (File name too long"),
+        ("train", ["run.root=" + "a" * 300], "a path among the settings cannot be looked at (File name too long"),
+        ("train", ["model.weights=config.json_deep"], "nested too deeply"),
+        ("train", ["parallel.ds_config=file_deep.json"], "is not valid JSON (nested too deeply)"),
+        ("train", ["data.shards=index.json_deep"], "nested too deeply"),
+        ("export", ["run=" + "a" * 300, "out=x"], "a path cannot be looked at"),
+        ("shards", ["source=folder", "src=loop_a", "out=o"], "`data.src`: there is no folder loop_a"),
+        ("score", ["run=run_object"], "none of the 1 checkpoints in run_object/checkpoints is intact"),
+        ("score", ["--replay", "config.json_empty"], "decisions.jsonl is missing"),
+        ("score", ["--replay", "decisions.jsonl_deep"], "line 1: nested too deeply"),
+        ("report", ["a\x1b\nb"], "a\\x1b b is not a folder"),
+    ],
+)
+def test_what_was_found_stays_mended(command, given_words, told, places):
+    with inside(places[0]):
+        assert told in refused(command, given_words)

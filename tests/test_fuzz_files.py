@@ -93,7 +93,7 @@ def whole(tmp_path_factory, digits) -> tuple[Path, dict[str, Any]]:
     step = root / "run" / "checkpoints" / "step_00000001"
     step.mkdir(parents=True)
     save_file(
-        {f"{key}/{n}": w.flatten().contiguous() for n, w in weights.items() for key in KEYS},
+        {f"{key}/{n}": w.flatten().clone() for n, w in weights.items() for key in KEYS},
         step / "rank_00000.safetensors",
     )
     part = step / "rank_00000.safetensors"
@@ -166,13 +166,10 @@ def check(root: Path, words: str) -> None:
     refused(command, rest, (0, 1, 2) if any(either in words for either in EITHER) else (2,))
 
 
-@pytest.mark.parametrize("name", FILES)
-@settings(**QUICK, max_examples=30)
-@given(data=st.data())
-def test_a_changed_file_is_used_or_refused_on_one_line_each(name, data, whole):
+def check_change(name: str, data: st.DataObject, whole: tuple[Path, dict[str, Any]]) -> None:
     root, held = whole
-    values = data.draw(changed(held[name]))
     words = data.draw(st.sampled_from(FILES[name]))
+    values = data.draw(changed(held[name]))
     if name == "index.json":
         words += " data.shards=."
     with inside(root):
@@ -181,3 +178,18 @@ def test_a_changed_file_is_used_or_refused_on_one_line_each(name, data, whole):
             check(root, words)
         finally:
             write(root / name, held[name])
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(**QUICK, max_examples=15)
+@given(data=st.data())
+def test_a_changed_file_is_used_or_refused_on_one_line_each(name, data, whole):
+    check_change(name, data, whole)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FILES)
+@settings(**QUICK, max_examples=500)
+@given(data=st.data())
+def test_many_changed_files(name, data, whole):
+    check_change(name, data, whole)

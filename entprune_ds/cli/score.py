@@ -103,6 +103,7 @@ def _load(words: list[str], folder: Path | None) -> tuple[Config, Source]:
 
 def _source(config: Config, run: Path | None) -> Source:
     """Weights of a run's newest checkpoint, of a checkpoint, or of a model of any known format."""
+    from entprune_ds.comm import DistributedError
     from entprune_ds.engine.checkpoint import find_checkpoint, read_checkpoint
     from entprune_ds.export import checkpoint_source
     from entprune_ds.interop.weights import opened
@@ -110,7 +111,10 @@ def _source(config: Config, run: Path | None) -> Source:
     path = Path(config.model.weights)
     named = [path] if run is None or path != run / "model" else []
     if not named and run is not None:
-        checkpoint = find_checkpoint(run / "checkpoints", lambda text: print(f"warning: {text}", file=sys.stderr))
+        try:
+            checkpoint = find_checkpoint(run / "checkpoints", lambda text: print(f"warning: {text}", file=sys.stderr))
+        except DistributedError as error:  # none is intact
+            raise ValueError(str(error)) from error
         if checkpoint is not None:
             return checkpoint_source(checkpoint, config.score.weights)
     if (path / "manifest.json").is_file():
