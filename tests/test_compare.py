@@ -549,7 +549,7 @@ def test_rows_of_another_base_or_of_other_data_do_not_join(digits, tmp_path):
     latency = {"latency_ms": {"1": 1.0, "64": 9.0}}
     assert said(config, **latency) == "" == said(config, sources={})  # those of an earlier version say nothing
     assert "was made from another base than" in said(settings(f"compare.base={bases[1]}", *words))
-    assert "was made from another data than" in said(
+    assert "was made from other data than" in said(
         settings(*words[:3], f"compare.base={bases[0]}", f"data.shards={digits}/val")
     )
     assert "with other `evaluate.latency_batches`" in said(

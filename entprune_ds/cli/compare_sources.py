@@ -25,7 +25,7 @@ def other_settings(config: Config, model: ModelConfig) -> list[str]:
         what = [] if result["digest"] == row_digest(row_config(config, row, model, out)) else ["with other settings"]
         now = sources(config, row)
         different = [key for key, value in result.get("sources", {}).items() if now.get(key, value) != value]
-        what += [f"from another {key}" for key in different]
+        what += [f"from {'another base' if key == 'base' else 'other data'}" for key in different]
         what += ["with other `evaluate.latency_batches`"] if list(result.get("latency_ms", batches)) != batches else []
         if what:
             path = result_path(out, row.name)

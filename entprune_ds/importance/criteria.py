@@ -179,10 +179,9 @@ def every_other(request: RankingRequest) -> list[int]:
     The blocks that stay are, for i = 0 .. target - 1, the present ones nearest to the even grid
     first + i * (last - first) / (target - 1), in increasing order (ties to the lower index). The grid lies on
     original indices, so the later checks of a run find the same blocks. A protected block that is not among them takes
-    the place of the nearest one. The others go first, then the
-    inner blocks that stay, then the last block and at the very end the first. Within each part the next
-    to go is the one that leaves the smallest gap, then the one farthest from any missing block, then the
-    higher index.
+    the place of the nearest one. The others go first, then the inner blocks that stay, then the last block and at the
+    very end the first. Within each part the next to go is the one that leaves the smallest gap, then the one farthest
+    from any missing block, then the higher index.
     """
     present = list(request.kept_blocks)
     stay = _evenly_spread(present, request.target_depth, request.protected)
