@@ -3,8 +3,8 @@
     python tools/make_api_docs.py            writes it
     python tools/make_api_docs.py --check    exits with 1 where it is not up to date
 
-The source is read, not imported. Public is what has no underscore in front, and a docstring. Commands (cli/) are left out:
-`--help` describes them.
+The source is read, not imported. Public is what has a docstring and no underscore in front. Commands (cli/) are left
+out: `--help` describes them.
 """
 
 from __future__ import annotations
