@@ -14,6 +14,7 @@ from entprune_ds.cli.common import (
     help_text,
     launched_words,
     leave,
+    one_line,
     refuse,
     split_shortcuts,
     wants_help,
@@ -224,7 +225,7 @@ def _replay(words: list[str]) -> int:
     for found in replayed:
         decision = found.decision
         said = "; ".join(found.differences) or ("the same again" if found.known else "recorded without its state")
-        print(f"check {decision.check}, step {decision.step}, depth {decision.chosen_depth}: {said}")
+        print(one_line(f"check {decision.check}, step {decision.step}, depth {decision.chosen_depth}: {said}"))
     return 1 if any(found.differences for found in replayed) else 0
 
 
