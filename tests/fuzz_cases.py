@@ -171,7 +171,7 @@ TEXTS = {
     "control": b"run: {name: \x07}", "bomb": BOMB.encode(),
     "sections": b"model: 3\ndata: []\nprune: null\n", "code": b"prune: {criterion: evil.py}",
     "pipe": b"data: {allow_pipe: true}",
-    "itself": b"preset: itself.yaml", "keys": b"{1: 2, null: 3, true: 4, 1.5: 6}", "unhashable": b"{[1]: 2}",
+    "itself": b"base: file_itself.yaml", "keys": b"{1: 2, null: 3, true: 4, 1.5: 6}", "unhashable": b"{[1]: 2}",
     "escape": b'a: "\\x1b[2J\\n"',
     "half": b'{"format": "entprune_ds/1", "model": {"dep', "path": b'data: {shards: "\\0"}',
     "date": b"model: {depth: 2026-11-20}",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz_cases import QUICK, inside, make_places, refused, words
+from tests.fuzz_cases import QUICK, inside, keys, make_places, refused, values, words
 
 BAD = {
     "train": ["data.shards="], "score": ["model.weights="], "sample": ["model.weights="],
@@ -90,6 +90,10 @@ def places(tmp_path_factory) -> tuple[Path, list[str]]:
     return root, make_places(root)
 
 
+def coded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
 def statuses(command: str, template: str) -> tuple[int, ...]:
     if "--dry-run" in template:
         return (0, 2)
@@ -130,6 +134,25 @@ def test_bad_files_are_refused_on_one_line_each(command, places):
     templates, start = FILES[command], list(FILES).index(command)
     for number, name in enumerate(names[start % EVERY :: EVERY]):
         check_files(command, [name], [templates[number % len(templates)]], root)
+
+
+def test_presets_that_are_no_presets(places):
+    root, names = places
+    presets = [name for name in names if name.endswith(".yaml")]
+    assert {"file_binary.yaml", "file_itself.yaml", "folder.yaml", "loop.yaml", "file_bomb.yaml"} <= set(presets)
+    with inside(root):
+        for name in presets:
+            refused("train", [f"preset={name}"])
+
+
+@settings(**QUICK, max_examples=60)
+@given(
+    content=st.one_of(st.binary(max_size=30), st.builds("{}: {}".format, keys, values).map(coded), values.map(coded))
+)
+def test_a_preset_of_any_bytes(content, places):
+    with inside(places[0]):
+        Path("any.yaml").write_bytes(content)
+        refused("train", ["preset=any.yaml", "data.shards="])
 
 
 @pytest.mark.full
