@@ -11,10 +11,12 @@ import xml.etree.ElementTree as ElementTree
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.io import savemat
 
 from entprune_ds.cli.main import COMMANDS
-from entprune_ds.config import PRESETS, Config
+from entprune_ds.config import PRESETS, Config, load_config
 from tests.ranks import ROOT
 from tools import make_api_docs
 
@@ -142,3 +144,23 @@ def test_the_picture_is_one_that_browsers_draw():
     assert root.tag.endswith("svg") and root.get("viewBox") == "0 0 900 560" and not list(root.iter("script"))
     texts = ["".join(node.itertext()) for node in root.iter() if node.tag.endswith("text")]
     assert {"tar shards", "rank 0 decides", "live resize, in the same processes"} <= set(texts)
+
+
+def fenced(path: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+def test_the_preset_of_the_how_to_is_a_preset(tmp_path):
+    [text] = fenced(ROOT / "docs" / "HOWTO.md", "yaml")
+    (tmp_path / "birds.yaml").write_text(text)
+    config = load_config([f"preset={tmp_path / 'birds.yaml'}", "prune.target_depth=14"])
+    assert (config.model.num_classes, config.model.depth, config.train.num_steps) == (200, 28, 50_000)
+
+
+def test_the_labels_of_flowers_are_made_as_the_document_says(tmp_path, monkeypatch):
+    [code] = fenced(ROOT / "docs" / "REPRODUCE.md", "python")
+    savemat(tmp_path / "imagelabels.mat", {"labels": np.array([[77, 1, 102]], dtype=np.uint8)})
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "REPRODUCE.md", "exec"), {})
+    made = (tmp_path / "labels.csv").read_text().splitlines()
+    assert made == ["path,label", "jpg/image_00001.jpg,76", "jpg/image_00002.jpg,0", "jpg/image_00003.jpg,101"]
