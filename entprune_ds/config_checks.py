@@ -8,7 +8,8 @@ from entprune_ds.config_checks_prune import pruning_problems
 from entprune_ds.config_schema import Config, ModelConfig
 
 MOST_OF_MODEL = {
-    "depth": 4096, "hidden_size": 2**17, "mlp_ratio": 1024, "input_size": 2**12, "in_channels": 2**16, "num_classes": 10**8,
+    "depth": 4096, "hidden_size": 2**17, "mlp_ratio": 1024, "input_size": 2**12, "in_channels": 2**16,
+    "num_classes": 10**8,
 }  # fmt: skip
 """Larger values are typing errors: no machine could hold the model, nor count it."""
 MAX_TIMESTEPS = 1000
