@@ -6,7 +6,9 @@ in CRITERIA. Wherever two blocks tie, the higher index goes first.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -88,7 +90,9 @@ def removal_order(
         protected=tuple(b for b in protected if b in kept_blocks),
     )
     order = list(chosen.order(request))
-    if sorted(order) != list(request.kept_blocks):
+    with contextlib.suppress(TypeError):  # numbers of numpy and torch become plain ones, for the record
+        order = [operator.index(block) for block in order]
+    if any(type(block) is not int for block in order) or sorted(order) != list(request.kept_blocks):
         message = f"check {check}: the criterion must order the present blocks {list(request.kept_blocks)}, each once, "
         raise ValueError(message + f"but gave {order}. Correct its order. Nothing was removed.")
     return order
