@@ -181,7 +181,7 @@ def test_all_bad_files_in_all_places(command, places):
         ("shards", ["source=folder", "src=loop_a", "out=o"], "`data.src`: there is no folder loop_a"),
         ("score", ["run=run_object"], "none of the 1 checkpoints in run_object/checkpoints is intact"),
         ("score", ["--replay", "config.json_empty"], "decisions.jsonl is missing"),
-        ("score", ["--replay", "decisions.jsonl_deep"], "line 1: nested too deeply"),
+        ("score", ["--replay", "decisions.jsonl_deep"], "line 1 is damaged (nested too deeply)"),
         ("report", ["a\x1b\nb"], "a\\x1b b is not a folder"),
     ],
 )

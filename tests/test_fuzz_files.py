@@ -43,7 +43,7 @@ FILES = {
         "train data.shards=export data.val_shards=shards": "export/index.json does not|`data.val_shards`: shards",
         "score weights=export data.shards=shards": "holds examples of shape [1, 8, 8]|has 10 classes",
         "evaluate weights=missing data.shards=shards": "missing is not an exported model|`data.val_shards` is missing",
-        "encode out=text/x sample.vae=missing data.shards=shards": "encode",
+        "encode out=text/x sample.vae=missing data.shards=shards": "VAE missing is neither a folder nor",
         "compare preset=digits data.shards=shards target_depth=2 base=missing": "missing is not an exported model",
     },
     "export/config.json": {
