@@ -214,3 +214,23 @@ def test_a_changed_file_is_used_or_refused_on_one_line_each(name, whole):
 @pytest.mark.parametrize("name", FILES)
 def test_many_changed_files(name, whole):
     fuzz(name, whole, 500)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kept_blocks": [None, 1, 2, 3]}, {"kept_blocks": [0, 1, 99]}, {"record": 3}, {"shapes": {}}, {"files": []},
+        {"block_widths": [[0]]},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_does_not_fit_is_one_error(change, whole):
+    root, held = whole
+    name = "run/checkpoints/step_00000001/manifest.json"
+    with inside(root):
+        try:
+            write(root / name, held[name] | change)
+            assert "step_00000001 cannot be used: its manifest does not fit" in check("export run=run out=text/x")
+            if change != {"files": []}:  # which is found when the values are read
+                assert "its manifest does not fit" in check("score run=run data.shards=")
+        finally:
+            write(root / name, held[name])
