@@ -74,6 +74,9 @@ __all__ = [
 ]
 
 PRESETS = Path(__file__).parent / "presets"
+YAML = (".yaml", ".yml")
+MOST_BASES = 8
+"""Presets that one may rest on, each by its `base`."""
 
 
 def load_config(arguments: list[str], check: typing.Callable[[Config], list[str]] | None = None) -> Config:
@@ -111,7 +114,11 @@ def load_config(arguments: list[str], check: typing.Callable[[Config], list[str]
     problems += interpolations
     config = config_from_dict({} if interpolations else _merge(layers, problems), problems)
     if not problems:
-        problems = (check or problems_of)(config)
+        try:
+            problems = (check or problems_of)(config)
+        except OSError as error:  # a path that the system refuses even to look at
+            what = f"{error.strerror}: {str(error.filename)[:100]}"
+            problems = [f"a path among the settings cannot be looked at ({what}). Correct it, or its permissions."]
     if problems:
         raise ConfigError(problems)
     return config
@@ -148,9 +155,38 @@ def _yaml_value(text: str) -> Any:
 
 
 def _read_preset(name: str, problems: list[str]) -> dict:
-    if not name:
-        return {}
-    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    """The settings of a preset, over those of the preset that its `base` names."""
+    values: dict = {}
+    seen: list[str] = []
+    while name:
+        seen.append(name)
+        if name in seen[:-1] or len(seen) > MOST_BASES:
+            chain = " -> ".join(seen)
+            problems.append(
+                f"preset `{seen[0]}` has a `base` that leads back to it, or too many: {chain}. Take one out."
+            )
+            return {}
+        here = _read_one_preset(name, problems)
+        base = here.pop("base", "")
+        if not isinstance(base, str):
+            problems.append(f"preset `{name}`: `base` must name a preset, got {base!r}.")
+            return {}
+        values = _over(here, values)
+        name = str(Path(name).parent / base) if base.endswith(YAML) and name.endswith(YAML) else base
+    return values
+
+
+def _over(below: dict, above: dict) -> dict:
+    """Settings over others, section by section."""
+    merged = {**below, **above}
+    for section, values in above.items():
+        if isinstance(values, dict) and isinstance(below.get(section), dict):
+            merged[section] = {**below[section], **values}
+    return merged
+
+
+def _read_one_preset(name: str, problems: list[str]) -> dict:
+    path = Path(name) if name.endswith(YAML) else PRESETS / f"{name}.yaml"
     try:
         values = read_yaml(path.read_text())
         json.dumps(values)

@@ -8,7 +8,11 @@ from entprune_ds.config_checks_evaluation import evaluation_problems
 from entprune_ds.config_checks_prune import pruning_problems
 from entprune_ds.config_schema import Config, ModelConfig
 
-MAX_DEPTH = 4096
+MOST_OF_MODEL = {
+    "depth": 4096, "hidden_size": 2**17, "mlp_ratio": 1024, "input_size": 2**12, "in_channels": 2**16,
+    "num_classes": 10**8,
+}  # fmt: skip
+"""Larger values are typing errors: no machine could hold the model, nor count it."""
 MAX_TIMESTEPS = 1000
 SAMPLERS = {"sit": ("euler", "heun", "dopri5", "sde"), "dit": ("ddpm", "ddim")}
 SDE_DIFFUSIONS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
@@ -111,7 +115,9 @@ def model_problems(model: ModelConfig) -> list[str]:
     ):  # fmt: skip
         got = getattr(model, key)
         require(got > 0, f"`model.{key}` must be above 0, got {got}.")
-    require(model.depth <= MAX_DEPTH, f"`model.depth` must be at most {MAX_DEPTH}, got {model.depth}.")
+    for key, most in MOST_OF_MODEL.items():
+        got = getattr(model, key)
+        require(got <= most, f"`model.{key}` must be at most {most}, got {got}.")
     shift = model.frequency_shift
     require(0 <= shift <= 1, f"`model.frequency_shift` must lie in [0, 1], got {shift}.")
     known = model.process in SAMPLERS

@@ -56,7 +56,9 @@ def _section(cls: type, values: Any, path: str, problems: list[str]) -> Any:
         else:
             try:
                 chosen[key] = _convert(value, hints[key])
-            except (TypeError, ValueError, OverflowError):
+            except OverflowError:
+                problems.append(f"`{name}` is too large a number, got {value!r}.")
+            except (TypeError, ValueError):
                 problems.append(f"`{name}` must be {_describe(hints[key])}, got {value!r}.")
     return cls(**chosen)
 
@@ -89,6 +91,8 @@ def _convert(value: Any, hint: Any) -> Any:
         return float(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
+    if hint is int and isinstance(value, int) and abs(value) >= 2**63:
+        raise OverflowError  # neither torch nor a file would hold it
     if isinstance(value, hint) and (hint is bool) == isinstance(value, bool):
         return value
     raise TypeError

@@ -12,18 +12,21 @@ from typing import Any
 
 from torch import Tensor
 
-from entprune_ds.config import Config, config_from_dict, digest, to_dict
-from entprune_ds.engine.checkpoint import Checkpoint, range_reader
+from entprune_ds.config import Config, config_from_dict, digest, model_problems, to_dict
+from entprune_ds.engine.checkpoint import Checkpoint, SafetensorError, range_reader
 from entprune_ds.environment import commit
 from entprune_ds.interop.diffusers_export import write_diffusers
 from entprune_ds.interop.finite import check_finite
 from entprune_ds.interop.official import write_official
 from entprune_ds.interop.safetensors import write_export
 from entprune_ds.interop.source import Source, architecture, change_classes, keep_blocks
+from entprune_ds.interop.tensors import Shapes, key_report, parameter_shapes
 from entprune_ds.interop.weights import open_weights
 from entprune_ds.pruning.folding import column_factors
 from entprune_ds.pruning.soft_mask import SoftState
 
+DAMAGE = (LookupError, TypeError, AttributeError, RuntimeError, OverflowError, SafetensorError)
+"""What a manifest that says something else than it should can raise."""
 FORMATS = ("entprune", "official", "diffusers")
 INHERITED = ("source", "source_license", "trained_with", "label_table")
 """Facts of the starting weights that hold for everything trained from them."""
@@ -44,15 +47,30 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, weights: str) -> Path:
 
 
 def checkpoint_source(checkpoint: Checkpoint, weights: str) -> Source:
-    """The weights of a checkpoint at rest: "ema" or "raw", with the gates of soft pruning folded in. Local."""
+    """The weights of a checkpoint at rest: "ema" or "raw", with the gates of soft pruning folded in. Local.
+
+    Raises:
+        ValueError: when its manifest does not describe a model and its pieces.
+    """
     key = {"ema": "ema", "raw": "weight"}[weights]
-    shapes = {n: tuple(s) for n, s in checkpoint.manifest["shapes"].items()}
-    read_range, record = range_reader(checkpoint, (key,)), checkpoint.manifest["record"]
-    config = config_from_dict(record["config"])
-    gates = SoftState.from_json(record["soft"]).gates() if record.get("soft") else {}
+    try:
+        record = checkpoint.manifest["record"]
+        config = config_from_dict(record["config"])
+        model = checkpoint.model(config.model)
+        wrong = model_problems(model) or key_report(parameter_shapes(model), _shapes(checkpoint))
+        gates = SoftState.from_json(record["soft"]).gates() if record.get("soft") else {}
+        read_range = range_reader(checkpoint, (key,))
+    except (*DAMAGE, ValueError) as error:
+        raise ValueError(_unusable(checkpoint, f"{type(error).__name__}: {error}")) from error
+    if wrong:
+        raise ValueError(_unusable(checkpoint, "; ".join(wrong)))
+    shapes = parameter_shapes(model)
 
     def read(name: str) -> Tensor:
-        tensor = read_range(name, 0, math.prod(shapes[name]))[key].view(shapes[name])
+        try:
+            tensor = read_range(name, 0, math.prod(shapes[name]))[key].view(shapes[name])
+        except DAMAGE as error:
+            raise ValueError(_unusable(checkpoint, f"{name}: {type(error).__name__}: {error}")) from error
         factors = column_factors(name, gates, config.model.head_size)
         return tensor if factors is None else tensor * factors.to(tensor.dtype)
 
@@ -63,7 +81,15 @@ def checkpoint_source(checkpoint: Checkpoint, weights: str) -> Source:
         "config_digest": digest(record["config"]),
         "commit": commit(),
     }
-    return Source(checkpoint.model(config.model), read, facts)
+    return Source(model, read, facts)
+
+
+def _shapes(checkpoint: Checkpoint) -> Shapes:
+    return {name: tuple(shape) for name, shape in checkpoint.manifest["shapes"].items()}
+
+
+def _unusable(checkpoint: Checkpoint, why: str) -> str:
+    return f"{checkpoint.folder} cannot be used: its manifest does not fit ({why}). Restore it, or name another one."
 
 
 def _inherited(config: Config) -> dict[str, Any]:

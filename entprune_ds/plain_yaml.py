@@ -11,18 +11,31 @@ import yaml
 class PlainLoader(yaml.SafeLoader):
     """A SafeLoader that refuses what a reader of the file would not expect."""
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node of the text; not a reference to another one, of which a few lines could mean billions."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"`*{event.anchor}` refers to another part: write it out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
 
 def read_yaml(text: str) -> Any:
     """Plain values of a YAML text.
 
     Raises:
-        yaml.YAMLError: not YAML, objects of other kinds, or a key that is given twice, naming it and its line.
+        yaml.YAMLError: not YAML, objects of other kinds, a reference, or a key that is given twice, naming it and its
+            line.
     """
-    loader = PlainLoader(text)
     try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+        loader = PlainLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:  # `!!timestamp x`, [[[[...
+        raise yaml.YAMLError(f"it cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _mapping(loader: PlainLoader, node: yaml.MappingNode) -> dict:

@@ -15,6 +15,7 @@ from entprune_ds.importance.criteria import CRITERIA
 from entprune_ds.importance.stack_memory import stack_problem
 from entprune_ds.interop.weights import starting_problems
 from entprune_ds.launcher import launch_problems
+from entprune_ds.plain_yaml import read_yaml
 from entprune_ds.pruning.schedule import schedule_problem
 from entprune_ds.ranking import needed_criteria
 from entprune_ds.rollback import rollback_pending, rollback_problem
@@ -158,7 +159,7 @@ def _resume_problems(config: Config) -> list[str]:
     if not path.is_file() or not step_folders(config.run_dir / "checkpoints"):
         return []  # nothing to resume
     try:
-        old = config_from_dict(yaml.safe_load(path.read_text()))
+        old = config_from_dict(read_yaml(path.read_text()))
     except (ValueError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         return [f"{path} cannot be read ({why}). Move the run folder away or choose another `run.name`."]

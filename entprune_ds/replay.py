@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from entprune_ds.importance.scores import Score, Scores
+from entprune_ds.plain_json import parse_json
 from entprune_ds.pruning.decision import LATER, PruneDecision
 from entprune_ds.pruning.policy import candidates_from, propose, state_from
 from entprune_ds.ranking import order_of
@@ -90,7 +90,7 @@ def read_decisions(folder: Path) -> list[PruneDecision]:
     decisions = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            decisions.append(PruneDecision.from_json(json.loads(line)))
+            decisions.append(PruneDecision.from_json(parse_json(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as problem:
             message = f"{path}, line {number} is damaged ({problem}). The run itself writes the file anew when it "
             raise ValueError(message + "goes on from a checkpoint.") from problem

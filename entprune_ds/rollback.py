@@ -13,6 +13,7 @@ from entprune_ds.atomic import write_text
 from entprune_ds.config import Config, PruneConfig, config_from_dict
 from entprune_ds.engine.checkpoint import file_problems, read_checkpoint, step_folders
 from entprune_ds.logs import get_logger
+from entprune_ds.plain_yaml import read_yaml
 from entprune_ds.pruning.schedule import blocks_per_check, planned_checks, usable_checks
 
 
@@ -37,7 +38,7 @@ def rollback_done(config: Config) -> str:
 
 def _stored(config: Config) -> Config | None:
     try:
-        return config_from_dict(yaml.safe_load((config.run_dir / "config.yaml").read_text()))
+        return config_from_dict(read_yaml((config.run_dir / "config.yaml").read_text()))
     except (OSError, ValueError, yaml.YAMLError, AttributeError):
         return None
 

@@ -31,6 +31,7 @@ FLOORS = (
         "macs",
         "config_checks_compare",
         "plain_yaml",
+        "plain_json",
         "atomic",
         "locks",
         "redact",

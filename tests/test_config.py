@@ -362,18 +362,19 @@ def test_interpolations_in_presets_are_refused(secret, tmp_path):
 # ---------------------------------------------------------------- storing
 
 names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8)
+integers = st.integers(1 - 2**63, 2**63 - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 configs = st.builds(
     Config,
-    run=st.builds(RunConfig, name=names, seed=st.integers()),
+    run=st.builds(RunConfig, name=names, seed=integers),
     model=st.builds(
         ModelConfig, depth=st.integers(1, 99), learn_sigma=st.booleans(), mlp_ratio=finite,
         kept_blocks=st.none() | st.lists(st.integers(0, 99), max_size=5).map(tuple),
-        block_widths=st.lists(st.tuples(st.integers(), st.integers(), st.integers()), max_size=3).map(tuple),
+        block_widths=st.lists(st.tuples(integers, integers, integers), max_size=3).map(tuple),
     ),
     data=st.builds(DataConfig, shards=names),
     train=st.builds(TrainConfig, learning_rate=finite, betas=st.tuples(finite, finite)),
-    prune=st.builds(PruneConfig, end_step=st.none() | st.integers(), score_only=st.booleans()),
+    prune=st.builds(PruneConfig, end_step=st.none() | integers, score_only=st.booleans()),
 )  # fmt: skip
 
 

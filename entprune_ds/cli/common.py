@@ -92,8 +92,14 @@ def refuse(problems: list[str]) -> int:
     """Print every problem on its own line, once per node of a launched job; returns the exit status 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in problems:
-            print(f"error: {redacted(problem)}", file=sys.stderr)
+            print(f"error: {redacted(one_line(problem))}", file=sys.stderr)
     return 2
+
+
+def one_line(text: str) -> str:
+    """A text on one line, with letters that a terminal would act on, such as those of a file name, written out."""
+    words = " ".join(line.strip() for line in text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def split_shortcuts(words: list[str], shortcuts: dict[str, str]) -> list[str]:

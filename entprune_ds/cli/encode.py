@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from entprune_ds.cli.common import help_text, launched_words, leave, refuse, spl
 from entprune_ds.config import Config, ConfigError, load_config
 from entprune_ds.config_checks import image_problems
 from entprune_ds.launcher import launch_problems
+from entprune_ds.plain_json import parse_json
 
 if TYPE_CHECKING:
     from entprune_ds.data.index import Index
@@ -146,7 +146,7 @@ def encode(config: Config, folders: dict[str, tuple[str, Path]]) -> int:
 def class_names(index: Index) -> tuple[str, ...] | None:
     """The class names beside a local index, where there are any."""
     path = Path(str(index.folder), "classes.json")
-    return tuple(json.loads(path.read_text())) if path.is_file() else None
+    return tuple(parse_json(path.read_text())) if path.is_file() else None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from entprune_ds.evaluation.sources import ImageSource, from_parts, open_images,
 from entprune_ds.interop.weights import open_weights
 from entprune_ds.logs import progress
 from entprune_ds.models.registry import count_parameters
+from entprune_ds.plain_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read_protocol(path: Path) -> dict[str, Any]:
         ValueError: a file that is no protocol.
     """
     try:
-        protocol = json.loads(path.read_text())
+        protocol = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}). Run `entprune-ds sample` again.") from error
     if not isinstance(protocol, dict) or not {"step", "kept_blocks", "num_samples"} <= set(protocol):

@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         problems = _problems(given, model)
     except ConfigError as error:
         problems = error.problems
+    except OSError as error:
+        problems = [f"a path cannot be looked at: {error}. Correct it, or its permissions."]
     if problems:
         return refuse(problems)
     from entprune_ds.comm import DistributedError

@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return refuse([str(error)])
     except OSError as error:
-        return refuse([f"cannot write {out}: {error}. Choose another `out` or free space."])
+        src = given["src"]
+        return refuse([f"cannot read {src}, or cannot write {out}: {error}. Choose another `out` or free space."])
     for note in source.notes:
         print(note)
     m = source.model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from entprune_ds.cli.common import one_line
+
 HELP = """usage: entprune-ds report RUN
 
 Writes RUN/report.html from the files of a run folder: samples before and after, depth over time, losses,
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(_build(words))
     except (ValueError, OSError) as error:
-        print(f"entprune-ds report: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"entprune-ds report: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 

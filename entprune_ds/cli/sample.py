@@ -14,6 +14,7 @@ import numpy as np
 
 from entprune_ds.cli.common import help_text, launched_words, leave, refuse, split_shortcuts, wants_help, with_run
 from entprune_ds.config import Config, ConfigError, PruneConfig, SoftConfig, load_config, problems_of
+from entprune_ds.plain_json import parse_json
 
 if TYPE_CHECKING:
     from entprune_ds.cli.drawing import Drawer
@@ -142,7 +143,7 @@ def finished(out: Path, protocol: dict[str, Any]) -> bool:
     if not there:
         return False
     try:
-        before = json.loads(protocol_path(out).read_text())
+        before = parse_json(protocol_path(out).read_text())
     except (OSError, ValueError):
         before = {}
     other = differing(protocol, before, out)

@@ -14,6 +14,7 @@ from entprune_ds.cli.common import (
     help_text,
     launched_words,
     leave,
+    one_line,
     refuse,
     split_shortcuts,
     wants_help,
@@ -104,6 +105,7 @@ def _load(words: list[str], folder: Path | None) -> tuple[Config, Source]:
 
 def _source(config: Config, run: Path | None) -> Source:
     """Weights of a run's newest checkpoint, of a checkpoint, or of a model of any known format."""
+    from entprune_ds.comm import DistributedError
     from entprune_ds.engine.checkpoint import find_checkpoint, read_checkpoint
     from entprune_ds.export import checkpoint_source
     from entprune_ds.interop.weights import opened
@@ -111,7 +113,10 @@ def _source(config: Config, run: Path | None) -> Source:
     path = Path(config.model.weights)
     named = [path] if run is None or path != run / "model" else []
     if not named and run is not None:
-        checkpoint = find_checkpoint(run / "checkpoints", lambda text: print(f"warning: {text}", file=sys.stderr))
+        try:
+            checkpoint = find_checkpoint(run / "checkpoints", lambda text: print(f"warning: {text}", file=sys.stderr))
+        except DistributedError as error:  # none is intact
+            raise ValueError(str(error)) from error
         if checkpoint is not None:
             return checkpoint_source(checkpoint, config.score.weights)
     if (path / "manifest.json").is_file():
@@ -221,7 +226,7 @@ def _replay(words: list[str]) -> int:
     for found in replayed:
         decision = found.decision
         said = "; ".join(found.differences) or ("the same again" if found.known else "recorded without its state")
-        print(f"check {decision.check}, step {decision.step}, depth {decision.chosen_depth}: {said}")
+        print(one_line(f"check {decision.check}, step {decision.step}, depth {decision.chosen_depth}: {said}"))
     return 1 if any(found.differences for found in replayed) else 0
 
 

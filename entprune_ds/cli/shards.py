@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entprune_ds import config, logs
-from entprune_ds.cli.common import split_shortcuts, wants_help
+from entprune_ds.cli.common import refuse, split_shortcuts, wants_help
 from entprune_ds.config_checks import image_problems
 from entprune_ds.locks import locked
-from entprune_ds.redact import redacted
 
 if TYPE_CHECKING:
     from entprune_ds.data.prepare import Job, Split
@@ -82,13 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = read_settings([word for word in words if word != "--dry-run"])
         return write(settings, dry_run="--dry-run" in words)
+    except config.ConfigError as error:
+        return refuse(error.problems)
     except ValueError as error:
-        print(redacted(str(error)), file=sys.stderr)
-        return 2
+        return refuse([str(error)])
     except OSError as error:
         message = f"cannot read or write {error.filename or 'the shards'}: {error.strerror or error}."
-        print(f"{message} Make room or check the path and the permissions, or choose another `out`.", file=sys.stderr)
-        return 2
+        return refuse([f"{message} Make room or check the path and the permissions, or choose another `out`."])
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -122,7 +122,7 @@ def _problems(settings: config.Config) -> list[str]:
         what = {"folder": "folder", "csv": "file"}[data.source]
         found.append(f"`data.src`: there is no {what} {data.src}. Correct the path.")
     if data.source in ("folder", "webdataset") and data.out and data.src:
-        src, out = Path(data.src).resolve(), Path(data.out).resolve()
+        src, out = Path(os.path.realpath(data.src)), Path(os.path.realpath(data.out))  # resolve() raises for loops
         if out == src or src in out.parents:
             found.append(f"`data.out` must lie outside `data.src` ({data.src}), got {data.out}. Choose another folder.")
     return found
@@ -144,8 +144,7 @@ def write(settings: config.Config, dry_run: bool) -> int:
             return 0
         with _locked(job.out, splits):
             failed = [text for name, split in splits.items() if (text := _write_split(job, split, name, workers))]
-    for text in failed:
-        print(text, file=sys.stderr)
+    refuse(failed)
     return 1 if failed else 0
 
 

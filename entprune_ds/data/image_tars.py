@@ -6,7 +6,6 @@ the tar. Tars keep their order: they are usually shuffled already, and hopping b
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections import Counter
@@ -19,6 +18,7 @@ from braceexpand import braceexpand
 
 from entprune_ds.data.image_sources import MAX_CLASSES, Item, Source, SourceError, first_lines
 from entprune_ds.data.images import SUFFIXES
+from entprune_ds.plain_json import parse_json
 
 ParallelMap = Callable[[Callable[[Path], "Scan"], list[Path]], Iterable["Scan"]]
 MAX_LABEL_BYTES = 2**20
@@ -164,7 +164,7 @@ def _label(tar: tarfile.TarFile, group: dict[str, tarfile.TarInfo]) -> int | Non
     if "cls" in group:
         return int(data) if re.fullmatch(rb"\s*[0-9]{1,9}\s*", data) else None
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError:
         return None
     label = value.get("label") if isinstance(value, dict) else None

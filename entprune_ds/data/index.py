@@ -5,7 +5,6 @@ The folder may also lie on an http(s) server; its tars are then checked when the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from entprune_ds.data.latents import KINDS, REMEDY, ShardError, latent_shape, sh
 from entprune_ds.data.pipe import PipeFile
 from entprune_ds.data.places import Pipe, Place, Url, from_text, is_url, parse_pipe, parse_url, to_text
 from entprune_ds.data.web import WebFile
+from entprune_ds.plain_json import parse_json
 from entprune_ds.redact import is_redacted, redacted
 
 INDEX = "index.json"
@@ -146,7 +146,7 @@ def load_index(spec: str | Path, allow_pipe: bool = False) -> Index:
     """
     folder, names = resolve(spec, allow_pipe)
     try:
-        index = _parse_index(folder, json.loads(_read_small(folder / INDEX)))
+        index = _parse_index(folder, parse_json(_read_small(folder / INDEX)))
     except ShardError:  # what WebFile and PipeFile say is clear
         raise
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:

@@ -21,6 +21,8 @@ import numpy as np
 from torch import Tensor
 from webdataset import TarWriter
 
+from entprune_ds.plain_json import parse_json
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -215,4 +217,4 @@ def decode_label(data: bytes, num_classes: int) -> int:
 
 def decode_meta(data: bytes) -> dict[str, Any]:
     """Plain values of the .json member; training does not read it."""
-    return json.loads(data)
+    return parse_json(data)

@@ -23,6 +23,7 @@ from entprune_ds.data.index import INDEX, Index, Shard, shard_problems
 from entprune_ds.data.latents import Example, ShardError, checked_examples
 from entprune_ds.data.shards import other_shards, write_index, write_shard
 from entprune_ds.logs import get_logger
+from entprune_ds.plain_json import parse_json
 
 PLAN = "plan.json"
 SKIPPED = "skipped.csv"
@@ -85,7 +86,7 @@ def start(out: Path, plan: Plan) -> None:
     """
     path, text = out / PLAN, json.dumps(asdict(plan), indent=1) + "\n"
     try:
-        there = json.loads(path.read_text()) if path.is_file() else None
+        there = parse_json(path.read_text()) if path.is_file() else None
     except ValueError as error:
         raise ShardError(f"{path} is damaged ({error}). Delete the folder, and start again.") from error
     if there is None and out.is_dir() and (any(out.glob("shard-*.tar")) or (out / INDEX).exists()):
@@ -107,7 +108,7 @@ def read_part(out: Path, number: int) -> Part | str:
     """
     path = part_path(out, number)
     try:
-        part = part_from(json.loads(path.read_text()))
+        part = part_from(parse_json(path.read_text()))
     except FileNotFoundError:
         return f"parts/{path.name} is missing" if (out / INDEX).is_file() else ""
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

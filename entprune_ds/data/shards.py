@@ -17,6 +17,7 @@ from entprune_ds.atomic import file_sha256, replacing
 from entprune_ds.data.index import FORMAT, INDEX, Index, Shard, check_shards, load_index
 from entprune_ds.data.latents import KINDS, REMEDY, Example, ShardError, checked_examples, write_tar
 from entprune_ds.logs import get_logger
+from entprune_ds.plain_json import parse_json
 
 
 def write_shards(
@@ -51,7 +52,7 @@ def write_shards(
     known = _existing_index(out, wanted)
     damage = check_shards(known, checksums=True) if known is not None else []
     if known is not None and not damage:
-        return json.loads((out / INDEX).read_text())
+        return parse_json((out / INDEX).read_text())
     if damage:
         more = f" {len(damage) - 1} more problems like this." if len(damage) > 1 else ""
         get_logger().warning("written again: %s%s", damage[0].removesuffix(REMEDY).strip(), more)

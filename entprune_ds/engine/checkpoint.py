@@ -28,6 +28,7 @@ from entprune_ds.atomic import file_sha256, sync, write_text
 from entprune_ds.config import ModelConfig, digest
 from entprune_ds.engine.build import Engine
 from entprune_ds.engine.state import KEYS, Piece, state_tensor, write_state
+from entprune_ds.plain_json import parse_json
 
 FORMAT = 1
 REMEDY = "Check the data, or lower train.learning_rate and start under another run.name; earlier checkpoints stay."
@@ -147,7 +148,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ValueError: when a newer version has written it.
     """
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = parse_json((folder / "manifest.json").read_text())
     if manifest["format"] > FORMAT:
         message = f"{folder} has format {manifest['format']}, this version of entprune_ds reads up to {FORMAT}. "
         raise ValueError(message + "Install the version that wrote it (env.json of the run names it).")
@@ -187,7 +188,7 @@ def find_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | Non
 def file_problems(folder: Path) -> list[str]:
     """What is wrong with the files of a checkpoint that this rank checks (every world_size-th). Local."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = parse_json((folder / "manifest.json").read_text())
         if manifest.get("sha256", known := manifest_sha256(manifest)) != known:  # older checkpoints have none
             return [f"manifest.json has the checksum {known}, not the one that it names"]
         if manifest["format"] > FORMAT:

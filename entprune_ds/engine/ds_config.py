@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from entprune_ds.config import Config
+from entprune_ds.plain_json import parse_json
 from entprune_ds.soft_budget import least_depth
 
 SHIPPED = (Path(__file__).parents[2] / "ds_configs", Path(__file__).parents[1] / "ds_configs")
@@ -41,7 +41,7 @@ def read_ds_config(config: Config) -> dict[str, Any]:
     """
     path = find_ds_config(config.parallel.ds_config)
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_text())
     except ValueError as error:  # not JSON, or not text
         raise ValueError(f"`parallel.ds_config`: {path} is not valid JSON ({error}).") from error
     if not isinstance(values, dict):

@@ -25,6 +25,7 @@ from entprune_ds.atomic import replacing, write_text
 from entprune_ds.evaluation.images import check_drawable, write_whole
 from entprune_ds.evaluation.npz import write_npz
 from entprune_ds.logs import get_logger
+from entprune_ds.plain_json import parse_json
 
 SETTINGS = "settings.json"
 POLL_SECONDS = 0.2
@@ -94,7 +95,7 @@ def begin(parts: Parts, settings: dict[str, Any]) -> list[str]:
     path = parts.folder / SETTINGS
     if path.is_file():
         try:
-            before = json.loads(path.read_text())
+            before = parse_json(path.read_text())
         except ValueError:
             return [f"{path} is damaged. Remove {parts.folder} and start again."]
         if found := differing(settings, before, parts.folder):

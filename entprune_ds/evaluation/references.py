@@ -19,6 +19,7 @@ from entprune_ds.evaluation.images import write_whole
 from entprune_ds.evaluation.measure import Measured
 from entprune_ds.evaluation.npz import member_names, member_shape, open_member
 from entprune_ds.evaluation.statistics import Moments
+from entprune_ds.plain_json import parse_json
 
 KEPT = 10_000
 """Images whose features are kept: as many as ADM's reference batches hold."""
@@ -93,7 +94,7 @@ def read_about(path: Path) -> dict[str, Any]:
         found = {"images": str(path), "count": UNKNOWN, "extractor": UNKNOWN}
         return found | ({"resolution": list(member_shape(path)[1:])} if "arr_0" in names else {})
     try:
-        about = json.loads(str(open_member(path, "about")))
+        about = parse_json(str(open_member(path, "about")))
     except ValueError as error:
         raise ValueError(f"{path}: `about` is damaged ({error}). Make the statistics again.") from error
     if not isinstance(about, dict) or not {"count", "resolution", "extractor_digest", "resize_mode"} <= set(about):

@@ -9,7 +9,6 @@ Where diffusers computes otherwise than the official code (read in diffusers 0.4
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from entprune_ds.interop.infer import disagreement
 from entprune_ds.interop.safetensors import read_description
 from entprune_ds.interop.source import Source
 from entprune_ds.interop.tensors import Reader, Shapes, key_report, open_tensors, parameter_shapes
+from entprune_ds.plain_json import parse_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BESIDE = "entprune_ds.json"
@@ -171,7 +171,7 @@ def _check_copies(model: ModelConfig, read: Reader, path: Path) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = parse_json((folder / "config.json").read_text())
         name = values.get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}.") from error

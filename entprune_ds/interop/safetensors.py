@@ -13,6 +13,7 @@ from entprune_ds.atomic import replacing
 from entprune_ds.config import ConfigError, ModelConfig, config_from_dict, model_problems
 from entprune_ds.interop.source import Source, description
 from entprune_ds.interop.tensors import key_report, open_tensors, parameter_shapes, write_tensors
+from entprune_ds.plain_json import parse_json
 
 FORMAT = "entprune_ds/1"
 FILES = ("model.safetensors", "config.json")
@@ -56,7 +57,7 @@ def read_description(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         ValueError: saying what is wrong with it.
     """
     try:
-        facts = json.loads(path.read_text())
+        facts = parse_json(path.read_text())
         if facts.get("format") != FORMAT:
             raise ValueError(f"its format is {facts.get('format')!r}, this version reads {FORMAT!r}")
         config = config_from_dict({"model": facts["model"]})

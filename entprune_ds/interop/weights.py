@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from entprune_ds.interop.official import open_official
 from entprune_ds.interop.safetensors import FORMAT, open_export
 from entprune_ds.interop.source import NOT_ARCHITECTURE, Source
 from entprune_ds.logs import get_logger
+from entprune_ds.plain_json import parse_json
 
 MEANING = ("path", "prediction")
 """Diffusion settings that say what the output of a model means."""
@@ -109,7 +109,7 @@ def architecture_problems(wanted: ModelConfig, found: ModelConfig, path: Path) -
 def _format(folder: Path) -> str | None:
     """ "export", "diffusers" or None, from config.json."""
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = parse_json((folder / "config.json").read_text())
         return "diffusers" if "_class_name" in values else "export" if values.get("format") == FORMAT else None
     except (OSError, ValueError, AttributeError, TypeError):
         return None

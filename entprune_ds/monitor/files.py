@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-
-def parse_json(data: bytes | str) -> Any:
-    """Plain value of a JSON text.
-
-    Raises:
-        ValueError: not JSON, or nested too deeply to read.
-    """
-    text = data.decode("utf-8", errors="replace") if isinstance(data, bytes) else data
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+from ..plain_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -42,7 +29,7 @@ def read_json_lines(path: Path) -> Lines:
         if not line.strip():
             continue
         try:
-            value = parse_json(line)
+            value = parse_json(line.decode("utf-8", errors="replace"))
         except ValueError:
             value = None
         if isinstance(value, dict):

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..atomic import write_bytes
 from ..config import Config
-from .files import parse_json
+from ..plain_json import parse_json
 from .interface import Monitor, NullMonitor
 from .records import decision_of, step_of
 
@@ -150,7 +150,7 @@ def rewind_metrics(run_dir: Path, step: int, size: int | None = None) -> int:
 def _step_or_first(line: bytes) -> float:
     """Step of a line; minus infinity for a damaged one."""
     try:
-        step = step_of(parse_json(line))
+        step = step_of(parse_json(line.decode("utf-8", errors="replace")))
     except ValueError:
         step = None
     return -math.inf if step is None else step

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import Lines, parse_json, read_json_lines
+from ..plain_json import parse_json
+from .files import Lines, read_json_lines
 from .records import Decision, decisions_of
 
 WHAT_FOR = {
