@@ -40,6 +40,7 @@ FLOORS = (
         "learning_rate",
         "race_plan",
         "mac_counter",
+        "loss_guard",
     ),
     ("models", "diffusion", "importance", "pruning"),
     ("data", "interop", "engine", "monitor", "evaluation"),
@@ -67,7 +68,7 @@ FLOORS = (
         "race_trial",
         "soft_pruning",
     ),
-    ("run_state", "run_view", "trainer"),
+    ("run_state", "run_view", "trainer", "bad_steps"),
     ("cli",),
 )
 ROOMS = {
