@@ -91,6 +91,7 @@ def sample_grid(run: Run, name: str, watch: Callable[[int, str], None] = lambda 
     def watched(z: Tensor, t: Tensor, y: Tensor) -> Tensor:  # (n,C,H,W), (n,), (n,) -> (n,C',H,W)
         nonlocal evaluations
         evaluations += 1
+        comm.mark_progress()  # samplers take hundreds of evaluations without meeting another rank
         watch(done, f"{evaluations} evaluations of the model")
         return view(z, t, y)
 

@@ -19,7 +19,7 @@ from entprune_ds.diffusion.objective import Draws
 from entprune_ds.engine.build import destroy_engine
 from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import next_cut, resize
-from entprune_ds.engine.step_guard import step_figures
+from entprune_ds.engine.step_figures import step_figures
 from entprune_ds.engine.step_time import step_timer
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
