@@ -14,9 +14,9 @@ from entprune_ds.data.origin import batch_origin
 from entprune_ds.data.stream import Stream, read_shard
 from entprune_ds.engine.ds_config import read_ds_config
 from entprune_ds.loss_guard import SETTLING, LossGuard
-from tests.poison import poison
 from tests.ranks import RankFailure, run_ranks
 from tests.test_training import equal_state, losses, named_state, words
+from tools.poison import poison
 
 FULL = pytest.mark.full
 TRAIN = "tests.workers.training:train"
