@@ -73,6 +73,9 @@ def problems_of(config: Config) -> list[str]:
     bad_batches = [b for b in config.evaluate.latency_batches if b < 1]
     require(not bad_batches, f"`evaluate.latency_batches` must be above 0, got {bad_batches}.")
     positive("monitor", config.monitor, "log_every")
+    slow = config.monitor
+    require(slow.slow_every >= 0, f"`monitor.slow_every` must be at least 0, got {slow.slow_every}.")
+    require(slow.slow_factor > 1, f"`monitor.slow_factor` must be above 1, got {slow.slow_factor}.")
     require(
         config.monitor.sample_every >= 0,
         f"`monitor.sample_every` must be at least 0, got {config.monitor.sample_every}.",

@@ -170,6 +170,10 @@ class MonitorConfig:
     """Steps between logged training metrics."""
     sample_every: int = 0
     """Steps between sample grids; 0 draws them only around removals and at the end."""
+    slow_every: int = 200
+    """Steps between looks for a slow rank (data wait, computing, communication of one step on every rank); 0: never."""
+    slow_factor: float = 1.5
+    """A rank that takes so many times what the median rank takes, waiting apart, is told by name."""
     wandb: bool = True
     """Log to Weights & Biases (offline when no API key is set)."""
     wandb_project: str = "entprune_ds"

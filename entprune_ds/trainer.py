@@ -35,6 +35,7 @@ from entprune_ds.pruning.surgery import narrowed
 from entprune_ds.race import hold_race
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
 from entprune_ds.run_view import log_macs, log_step, sample_grid, validate
+from entprune_ds.slow_ranks import StepSample
 from entprune_ds.soft_budget import removal_steps
 from entprune_ds.soft_pruning import soft_due, soft_update
 
@@ -101,14 +102,18 @@ def one_step(run: Run) -> Tensor:
     engine.set_learning_rate(learning_rate(config.train, run.step))
     if config.distill.start == run.step:
         run.guard.settle_again()  # it begins to minimise something else
-    with counted(config.monitor.count_macs and run.counted != engine.model_config) as macs, guarded(run):
-        loss = run.recovery.train_step(engine, next_draws(run), run.objective, run.step, run.decisions)
+    every = config.monitor.slow_every
+    sample = StepSample(every > 0 and (run.step + 1) % every == 0)
+    with counted(config.monitor.count_macs and run.counted != engine.model_config) as macs, guarded(run), sample.step():
+        draws = sample.fetch(lambda: next_draws(run))
+        loss = run.recovery.train_step(engine, draws, run.objective, run.step, run.decisions)
     run.step, run.counted = run.step + 1, engine.model_config
     if run.guard.reason:
         left_out(run, loss)
     else:
         engine.update_ema(config.train.ema_decay)
     log_macs(run, "train/step_macs", macs)
+    sample.tell(run.monitor, run.step, config.monitor.slow_factor)
     comm.mark_progress()
     return loss
 

@@ -67,6 +67,7 @@ FLOORS = (
         "race_sharded",
         "race_trial",
         "soft_pruning",
+        "slow_ranks",
     ),
     ("run_state", "run_view", "trainer", "bad_steps"),
     ("cli",),

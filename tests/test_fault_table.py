@@ -23,7 +23,7 @@ def test_a_fault_costs_nothing_but_time(bench, name):
     except Unavailable as problem:
         pytest.skip(str(problem))
     assert 0 <= row.repeated <= 27 and row.sent and row.then
-    assert row.detect is None or row.detect < 60
+    assert row.detect is None or row.detect < 120
 
 
 def test_the_table_has_a_cell_for_every_column():

@@ -119,11 +119,11 @@ class Trial:
         lines = (self.run / "decisions.jsonl").read_text().splitlines()
         return [decision for line in lines if (decision := json.loads(line))["dropped"]]
 
-    def wait_for_step(self, step: int, seconds: float = 300) -> float:
+    def wait_for_step(self, step: int, seconds: float = 1200) -> float:
         """Wait until a step is logged; returns the monotonic time."""
         return self._wait(lambda: self.reached() >= step, f"step {step}", seconds)
 
-    def wait_for_text(self, text: str, seconds: float = 300) -> float:
+    def wait_for_text(self, text: str, seconds: float = 1200) -> float:
         """Wait until the newest start has printed a text; returns the monotonic time."""
         return self._wait(lambda: text in self.text, repr(text), seconds)
 
@@ -136,7 +136,7 @@ class Trial:
             time.sleep(0.02)
         return time.monotonic()
 
-    def wait_end(self, seconds: float = 300) -> int:
+    def wait_end(self, seconds: float = 1200) -> int:
         """Exit status of the command, when it and its ranks are gone; whatever is left at the limit is killed."""
         assert self.process is not None
         try:
