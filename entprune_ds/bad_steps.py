@@ -20,6 +20,7 @@ from entprune_ds.data.origin import batch_origin
 from entprune_ds.engine.build import destroy_engine
 from entprune_ds.engine.checkpoint import find_checkpoint, step_folders
 from entprune_ds.logs import get_logger
+from entprune_ds.monitor.files import read_json_lines
 from entprune_ds.recovery import PlainRecovery
 from entprune_ds.rollback import set_aside, step_of
 from entprune_ds.run_state import Run, run_from, stream_state
@@ -108,7 +109,7 @@ def go_back(run: Run) -> None:
 def _report(run: Run, first: int) -> str:
     guard, text = run.guard, ""
     if comm.is_main():
-        rows = [json.loads(line) for line in (run.folder / FILE).read_text().splitlines()]
+        rows = read_json_lines(run.folder / FILE).rows
         text = "".join(f"\n  step {r['step']}: {r['reason']}{_where(r)}" for r in rows[-guard.in_a_row :][:5])
     message = f"steps {first + 1} to {run.step} are bad, and the run has gone back {guard.rollbacks} times already "
     message += (

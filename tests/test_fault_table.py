@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tools.fault_rows import ROWS, Bench, Row
-from tools.fault_table import HEAD, line, main, table
+from tools.fault_rows import Bench, Row
+from tools.fault_table import HEAD, ROWS, line, main, table
 from tools.trials import Unavailable
 
 

@@ -17,9 +17,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.fault_rows import HIT, ROWS, Bench, Row  # noqa: E402
+from tools.fault_node import kill_node  # noqa: E402
+from tools.fault_rows import HIT, Bench, Row  # noqa: E402
+from tools.fault_rows import ROWS as ONE_NODE  # noqa: E402
 from tools.trials import STEPS, Unavailable  # noqa: E402
 
+ROWS = ONE_NODE | {"a node dies": kill_node}
 PAGE = """\
 # Faults
 
