@@ -68,6 +68,21 @@ def test_a_bad_step_changes_nothing_but_the_place_in_the_data(digits, tmp_path, 
     assert all(torch.isfinite(tensor).all() for tensor in named_state(folder / "step_00000006").values())
 
 
+@pytest.mark.parametrize(("layout", "world_size", "stages"), LAYOUTS)
+def test_the_guard_changes_nothing_while_all_is_well(digits, tmp_path, layout, world_size, stages):
+    more = ["train.num_steps=4", "prune.target_depth=null", f"parallel.ds_config={layout}"]
+    more += [f"parallel.pipe_stages={stages}"]
+    runs = [words(digits, tmp_path, f"guard_{k}", *more, f"train.bad_steps={k}") for k in (0, 2)]
+    run_ranks(TRAIN, world_size, runs=runs)
+    without, guarded = tmp_path / "guard_0", tmp_path / "guard_2"
+    assert equal_state(guarded / "checkpoints/step_00000004", without / "checkpoints/step_00000004")
+    assert losses(guarded) == losses(without)
+    assert (manifest(guarded, 4)["record"]["guard"]["count"], manifest(without, 4)["record"]["guard"]["count"]) == (
+        4,
+        0,
+    )
+
+
 ROLLING = [*PLAIN, "train.num_steps=12", "train.checkpoint_every=4", "train.bad_steps=3"]
 
 
@@ -90,6 +105,38 @@ def test_several_bad_steps_go_back_with_the_next_data_and_a_resume_in_between_ch
     assert sorted(losses(whole)) == list(range(1, 13)) and losses(whole)[5] is None
     assert losses(resumed) == losses(whole)
     assert (resumed / "checkpoints" / "superseded_1" / "step_00000007").is_dir()
+
+
+@FULL
+def test_going_back_over_a_removal_takes_the_removed_blocks_back(digits, tmp_path):
+    """Bad are the three batches after the first removal: the run goes back to before it, and decides again."""
+    checked = ["train.validate_every=0", "sample.grid=1", "sample.num_steps=1", "train.bad_steps=3"]
+    run_ranks(TRAIN, 2, runs=[words(digits, tmp_path, "clean", *checked)])
+    decided = [json.loads(line) for line in (tmp_path / "clean" / "decisions.jsonl").read_text().splitlines()]
+    first = decided[0]["step"]
+    assert decided[0]["dropped"] and decided[1]["dropped"]
+    data, _ = poisoned(digits, tmp_path, [first + 1, first + 2, first + 3])
+    resumed = words(data, tmp_path, "resumed", *checked)
+    stop = [*resumed, f"train.stop_step={first + 2}"]
+    run_ranks(TRAIN, 2, runs=[words(data, tmp_path, "whole", *checked), stop, resumed])
+    whole = tmp_path / "whole"
+    again = [json.loads(line) for line in (whole / "decisions.jsonl").read_text().splitlines()]
+    assert again[0] == decided[0] and len(again) == 2 and len(again[-1]["kept_blocks"]) == 2
+    assert [row["step"] for row in bad_rows(whole)] == [first + 1, first + 2, first + 3]
+    assert manifest(whole, 12)["record"]["stream"]["batches"] == 15
+    assert equal_state(whole / "checkpoints/step_00000012", tmp_path / "resumed" / "checkpoints/step_00000012")
+
+
+@FULL
+def test_a_leap_of_the_loss_is_left_out(digits, tmp_path):
+    """Twenty times too large latents at step 56, when the running mean is settled; the next step counts again."""
+    config = load_config(words(digits, tmp_path, "x", *PLAIN))
+    bad = poison(config, tmp_path / "data" / "train", [56], value=40.0)
+    run_ranks(TRAIN, 2, runs=[words(str(tmp_path / "data"), tmp_path, "run", *PLAIN, "train.num_steps=58")])
+    [row] = bad_rows(tmp_path / "run")
+    assert row["step"] == 56 and "train.spike_deviations" in row["reason"]
+    assert bad[56] in row["keys"] and len(row["ranks"]) == 1 and len(row["keys"]) == 8
+    assert manifest(tmp_path / "run", 58)["adam_step"] == 57
 
 
 def test_it_stops_with_a_report_after_the_last_roll_back(digits, tmp_path):

@@ -39,6 +39,25 @@ same command to the first step beyond the one reached before, most of it the sta
 
 Measured on {date} at commit {commit} by `python tools/fault_table.py`. Each row is a test as well
 (`tests/test_fault_table.py`).
+
+## What watches a run
+
+- **A rank that stands still** for `run.timeout_seconds` (monotonic clock; a step, a collective or an evaluation of a
+  sampler is progress) writes the stacks of all its threads to `stacks/rank_NNNNN.txt` in the run folder, says so with
+  its host, and ends with status 75; so do the ranks that wait for it.
+- **Bad steps.** A step whose mean loss over the global batch is NaN or infinite, whose gradient norm is, or whose loss
+  lies `train.spike_deviations` running deviations above the running mean, is left out on all ranks together, at every
+  ZeRO stage and on pipelines: weights, moments, EMA and Adam's step count stay as they are, to the bit; the data go on.
+  The mean remembers 100 good steps, and no leap is looked for in the first 50 after the start or a change of the model.
+  `bad_steps.jsonl` in the run folder names step, reason, ranks, shards and examples; `train/skipped_steps` counts.
+- **Roll-back.** After `train.bad_steps` of them in a row the run goes back, in its processes, to the newest checkpoint
+  from before the first of them. The data do not go back: the next batch is the one after the bad stretch. All of this
+  follows from the checkpoint and the data, so a run that is killed meanwhile and started again does the same. Later
+  checkpoints move to `checkpoints/superseded_N`. After `train.max_rollbacks` the run stops with a report (status 2).
+- **Slow ranks.** Every `monitor.slow_every` steps each rank times one step: wait for data, communication (waiting for
+  others included), computing. `ranks/*` in the metrics has medians and maxima; a rank that takes
+  `monitor.slow_factor` times what the median rank takes, communication apart, is told with its host and the likely
+  cause.
 """
 HEAD = ["fault", "what is sent", "detect (s)", "recover (s)", "lost", "what happens"]
 
