@@ -142,19 +142,29 @@ class Trial:
         try:
             status = self.process.wait(seconds)
             end = time.monotonic() + 60
-            while left := [pid for pid in self.ranks if alive(pid)]:
-                assert time.monotonic() < end, f"ranks {left} have outlived their launcher"
+            while left := self.living():
+                assert time.monotonic() < end, f"{left} have outlived their launcher"
                 time.sleep(0.02)
             return status
         finally:
             self.kill()
 
+    def living(self) -> list[psutil.Process]:
+        """Launcher and ranks of the newest start that run or are stopped; known by their words, numbers come again."""
+        found = []
+        for pid in (self.process.pid, *self.ranks) if self.process is not None else ():
+            try:
+                process = psutil.Process(pid)
+                found += [process] if set(self.words) <= set(process.cmdline()) else []
+            except psutil.Error:
+                continue
+        return found
+
     def kill(self) -> None:
         """End everything of the newest start, if anything is left: launcher, ranks and their children."""
         if self.process is None:
             return
-        family = [psutil.Process(pid) for pid in (self.process.pid, *self.ranks) if alive(pid)]
-        for process in family:
+        for process in self.living():
             for one in (*process.children(recursive=True), process):
                 try:
                     one.kill()
@@ -171,14 +181,6 @@ def killed_at_the_end(*trials: Trial) -> Iterator[None]:
     finally:
         for trial in trials:
             trial.kill()
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs or is stopped (a zombie does not)."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def different_state(a: Path, b: Path) -> list[str]:

@@ -12,9 +12,8 @@ import torch
 OPERATIONS = (
     "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "barrier",
     "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all", "all_to_all_single", "send", "recv",
-    "isend", "irecv", "batch_isend_irecv",
 )  # fmt: skip
-"""Methods of DeepSpeed's communication backend through which all its traffic goes."""
+"""Methods of DeepSpeed's communication backend through which its traffic goes; each may be waited for where it is."""
 
 
 @contextmanager
@@ -28,6 +27,7 @@ def timed_communication() -> Iterator[list[float]]:
 
     backend, spent = ds_comm.cdb, list[float]()
     names = [name for name in OPERATIONS if backend is not None and callable(getattr(backend, name, None))]
+    before = {name: vars(backend)[name] for name in names if name in vars(backend)}
     try:
         for name in names:
             setattr(backend, name, _timed(getattr(backend, name), spent))
@@ -35,6 +35,8 @@ def timed_communication() -> Iterator[list[float]]:
     finally:
         for name in names:
             vars(backend).pop(name, None)  # the method of the class comes back
+        if before:
+            vars(backend).update(before)
 
 
 def _timed(operation: Any, spent: list[float]) -> Any:
