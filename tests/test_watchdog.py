@@ -18,7 +18,7 @@ def test_a_rank_that_stands_still_leaves_its_stacks_in_the_run_folder(digits, tm
     monkeypatch.setenv(fault_points.VARIABLE, "checkpoint:600:2")
     arguments = words(digits, tmp_path, "still", "prune.target_depth=null", "train.validate_every=0")
     with pytest.raises(RankFailure) as end:
-        run_ranks("tests.workers.clocks:stall", world_size, words=arguments, timeout=100)
+        run_ranks("tests.workers.clocks:stall", world_size, words=arguments)
     said, stacks = str(end.value), tmp_path / "still" / "stacks"
     for rank in range(world_size):
         path = stacks / f"rank_{rank:05d}.txt"
