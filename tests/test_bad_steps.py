@@ -111,6 +111,7 @@ def test_several_bad_steps_go_back_with_the_next_data_and_a_resume_in_between_ch
 def test_going_back_over_a_removal_takes_the_removed_blocks_back(digits, tmp_path):
     """Bad are the three batches after the first removal: the run goes back to before it, and decides again."""
     checked = ["train.validate_every=0", "sample.grid=1", "sample.num_steps=1", "train.bad_steps=3"]
+    checked += ["prune.max_blocks_per_check=1"]
     run_ranks(TRAIN, 2, runs=[words(digits, tmp_path, "clean", *checked)])
     decided = [json.loads(line) for line in (tmp_path / "clean" / "decisions.jsonl").read_text().splitlines()]
     first = decided[0]["step"]
