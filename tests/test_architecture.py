@@ -47,6 +47,7 @@ FLOORS = (
     (
         "coordinator",
         "criterion_choice",
+        "user_criterion",
         "ranking",
         "recovery",
         "teacher",
