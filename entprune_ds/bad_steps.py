@@ -72,8 +72,14 @@ def _where(row: dict[str, Any]) -> str:
     """Ranks, shards and keys of a bad step in a few words."""
     if not row["ranks"]:
         return ""
-    some = ", ".join(row["keys"][:4]) + (f" and {len(row['keys']) - 4} more" if len(row["keys"]) > 4 else "")
-    return f" (rank {', '.join(map(str, row['ranks']))}; shards {', '.join(row['shards'])}; examples {some})"
+    ranks, shards, keys = (_some(row[what]) for what in ("ranks", "shards", "keys"))
+    return f" (rank {ranks}; shards {shards}; examples {keys})"
+
+
+def _some(names: list) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(str, names[:4])) + more
 
 
 def go_back(run: Run) -> None:

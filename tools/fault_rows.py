@@ -25,7 +25,7 @@ from tools.poison import poison
 from tools.trials import Trial, Unavailable, assert_same_end, killed_at_the_end
 
 HIT = 25
-"""Step after which a fault comes: two checkpoints and a removal lie behind."""
+"""Step after which a fault comes: checkpoints and removals lie behind."""
 
 
 @dataclass(frozen=True)
