@@ -40,8 +40,8 @@ def poisoned(digits: str, root: Path, steps: list[int]) -> tuple[str, dict[int, 
 
 
 LAYOUTS = [
-    pytest.param("zero1_fp32", 2, 1),
-    *(pytest.param(f"zero{stage}_fp32", 2, 1, marks=FULL) for stage in (0, 2, 3)),
+    pytest.param("zero0_fp32", 2, 1),  # here DeepSpeed leaves nothing out by itself
+    *(pytest.param(f"zero{stage}_fp32", 2, 1, marks=FULL) for stage in (1, 2, 3)),
     *(pytest.param(f"zero{stage}_bf16", 2, 1, marks=FULL) for stage in (0, 1, 2, 3)),
     *(pytest.param(name, 2, 2, marks=FULL) for name in ("zero0_fp32", "zero1_fp32", "zero0_bf16", "zero1_bf16")),
     pytest.param("zero1_fp32", 4, 2, marks=FULL),
