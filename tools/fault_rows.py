@@ -284,15 +284,20 @@ def clock_jump(bench: Bench) -> Row:
 
 def two_jobs(bench: Bench) -> Row:
     """The same command a second time while the first one runs; then the first is killed and leaves its lock."""
-    trial, whole = bench.trial("two_jobs"), bench.whole
-    second = Trial(trial.run.parent, "run", bench.data)
+    patient = "run.timeout_seconds=3600"
+    trial, whole = bench.trial("two_jobs", patient), bench.whole
+    second = Trial(trial.run.parent, "run", bench.data, patient)
     second.output = trial.run.parent / "second.log"
     with killed_at_the_end(trial, second):
         trial.start()
         trial.wait_for_step(2)
+        for pid in trial.ranks:  # on a slow machine it would end before the second one looks
+            os.kill(pid, signal.SIGSTOP)
         start = second.start()
         assert second.wait_end() == 2, second.text[-3000:]
         detect = time.monotonic() - start
+        for pid in trial.ranks:
+            os.kill(pid, signal.SIGCONT)
         assert f"{trial.run} is in use by host {socket.gethostname()}, process {trial.ranks[0]}" in second.text
         assert "Wait for it, stop it, or choose another" in second.text
         trial.wait_for_step(HIT)
