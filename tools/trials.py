@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -164,12 +164,14 @@ class Trial:
         """End everything of the newest start, if anything is left: launcher, ranks and their children."""
         if self.process is None:
             return
+        family = list[psutil.Process]()
         for process in self.living():
-            for one in (*process.children(recursive=True), process):
-                try:
-                    one.kill()
-                except psutil.NoSuchProcess:
-                    continue
+            with suppress(psutil.NoSuchProcess):
+                family += [*process.children(recursive=True), process]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=60)  # files are open until they are gone
         self.process.wait()
 
 
