@@ -10,7 +10,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 COMPARED := ced,ced_abs,loss,shortgpt,ld_pruner,taylor,diff_pruning,random,every_other,gradient_flow,learned,spread_taylor,recovery_race
 STUDIES := criteria,subsets,schedule,estimators,distill,sampling,depth,bases
 
-.PHONY: install demo compare test test-full lint clean
+.PHONY: install demo compare test test-full soak lint clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,9 @@ test: install lint
 
 test-full: install lint
 	$(BIN)/python tools/test_full.py
+
+soak: install  # half an hour of random kills, docs/SOAK.md; SETTINGS="--minutes 3"
+	$(BIN)/python tools/soak.py $(SETTINGS)
 
 lint: install
 	$(BIN)/ruff check .

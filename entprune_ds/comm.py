@@ -28,18 +28,20 @@ class RankError(RuntimeError):
     """An error of one rank alone, such as a damaged shard; the other ranks lose contact when it leaves."""
 
 
-_progress = time.monotonic()
+clock = time.monotonic
+"""Seconds by which progress is judged: they never jump, whatever is done to the clock of the machine."""
+_progress = clock()
 
 
 def mark_progress() -> None:
     """Note that this rank is getting on; every collective here does it, and long local work should."""
     global _progress
-    _progress = time.monotonic()
+    _progress = clock()
 
 
 def seconds_without_progress() -> float:
-    """Monotonic seconds since the last mark_progress()."""
-    return time.monotonic() - _progress
+    """Seconds since the last mark_progress()."""
+    return clock() - _progress
 
 
 def rank() -> int:
@@ -159,6 +161,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def all_gather(tensor: Tensor) -> list[Tensor]:
     """The tensors of all ranks (equal shapes), in rank order. Collective."""
     if world_size() == 1:
+        mark_progress()
         return [tensor]
     gathered = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(gathered, tensor.contiguous())
@@ -179,6 +182,7 @@ def all_gather_into(out: Tensor, part: Tensor) -> Tensor:
 def all_gather_json(value: Any) -> list[Any]:
     """The plain values of all ranks, in rank order. Collective."""
     if world_size() == 1:
+        mark_progress()
         return [json.loads(json.dumps(value))]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
     sizes = all_gather(torch.tensor([data.numel()], device=device()))

@@ -50,6 +50,8 @@ def problems_of(config: Config) -> list[str]:
     positive("train", train, "num_steps", "global_batch_size", "micro_batch_size", "learning_rate", "checkpoint_every")
     positive("train", train, "stop_step", "keep_checkpoints", "validation_draws")
     require(train.validate_every >= 0, f"`train.validate_every` must be at least 0, got {train.validate_every}.")
+    for key in ("bad_steps", "spike_deviations", "max_rollbacks"):
+        require(getattr(train, key) >= 0, f"`train.{key}` must be at least 0, got {getattr(train, key)}.")
     require(train.grad_clip >= 0, f"`train.grad_clip` must be at least 0, got {train.grad_clip}.")
     require(train.warmup_steps >= 0, f"`train.warmup_steps` must be at least 0, got {train.warmup_steps}.")
     require(train.weight_decay >= 0, f"`train.weight_decay` must be at least 0, got {train.weight_decay}.")
@@ -77,6 +79,9 @@ def problems_of(config: Config) -> list[str]:
     require(not bad_batches, f"`evaluate.latency_batches` must be above 0, got {bad_batches}.")
     found += evaluation_problems(config)
     positive("monitor", config.monitor, "log_every")
+    slow = config.monitor
+    require(slow.slow_every >= 0, f"`monitor.slow_every` must be at least 0, got {slow.slow_every}.")
+    require(slow.slow_factor > 1, f"`monitor.slow_factor` must be above 1, got {slow.slow_factor}.")
     require(
         config.monitor.sample_every >= 0,
         f"`monitor.sample_every` must be at least 0, got {config.monitor.sample_every}.",

@@ -139,6 +139,13 @@ class TrainConfig:
     """Steps between validation losses (raw and EMA weights); 0 switches them off."""
     validation_draws: int = 512
     """Fixed (example, t, noise) draws of the validation loss."""
+    bad_steps: int = 10
+    """A step with a NaN or infinite loss or gradient, or a leap of the loss, is left out; after so many in a row the
+    run goes back to its newest checkpoint from before, with the data that come next. 0 leaves no step out."""
+    spike_deviations: float = 10.0
+    """A loss above its running mean by so many running deviations is a leap; 0 never says so."""
+    max_rollbacks: int = 3
+    """Times that a run goes back after bad steps; the next time it stops with a report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +170,10 @@ class MonitorConfig:
     """Steps between logged training metrics."""
     sample_every: int = 0
     """Steps between sample grids; 0 draws them only around removals and at the end."""
+    slow_every: int = 200
+    """Steps between looks for a slow rank (data wait, computing, communication of one step on every rank); 0: never."""
+    slow_factor: float = 1.5
+    """A rank that takes so many times what the median rank takes, waiting apart, is told by name."""
     wandb: bool = True
     """Log to Weights & Biases (offline when no API key is set)."""
     wandb_project: str = "entprune_ds"

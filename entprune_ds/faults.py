@@ -6,6 +6,7 @@ import faulthandler
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -78,9 +79,10 @@ def watched(seconds: float, folder: Path) -> Iterator[None]:
     """End this process when it makes no progress for `seconds`, or when its launcher is gone.
 
     A hanging peer must not hold the job for ever: the process groups that DeepSpeed makes have time-outs of their own
-    (30 minutes), which nothing can set. The stacks of all threads are dumped first. A single rank waits for nobody.
+    (30 minutes), which nothing can set. The stacks of all threads go to a file in the run folder first. What is said
+    has LAST_WORDS seconds: the file system may be what hangs.
     """
-    done, above, alone = threading.Event(), launchers(), comm.world_size() == 1
+    done, above = threading.Event(), launchers()
 
     def watch() -> None:
         while not done.wait(min(1.0, seconds / 4)):
@@ -88,10 +90,10 @@ def watched(seconds: float, folder: Path) -> Iterator[None]:
             if gone is not None:
                 _say(f"rank {comm.rank()} stops: its launcher (process {gone.pid}) is gone. {_remedy(folder)}")
                 _leave(75)
-            if not alone and comm.seconds_without_progress() > seconds:
-                faulthandler.dump_traceback(all_threads=True)
-                text = f"rank {comm.rank()} made no progress for {seconds:.0f} s (run.timeout_seconds): it has lost "
-                _say(text + f"contact with another rank, or hangs itself (stacks above). {_remedy(folder)}")
+            if comm.seconds_without_progress() > seconds:
+                speaker = threading.Thread(target=_tell_stalled, args=(seconds, folder), daemon=True)
+                speaker.start()
+                speaker.join(LAST_WORDS)
                 _leave(75)
 
     comm.mark_progress()
@@ -100,6 +102,28 @@ def watched(seconds: float, folder: Path) -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+LAST_WORDS = 20.0
+"""Longest time that a stalled rank takes to say so."""
+STACKS = "stacks"
+"""Folder in the run folder: the stacks of all threads of every rank that stalled, the newest ones."""
+
+
+def _tell_stalled(seconds: float, folder: Path) -> None:
+    """Dump the stacks and say where they are."""
+    path = folder / STACKS / f"rank_{comm.rank():05d}.txt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        where = str(path)
+    except OSError as problem:  # the disk is full or gone
+        faulthandler.dump_traceback(all_threads=True)
+        where = f"above, for {path} cannot be written: {problem}"
+    host = socket.gethostname()
+    text = f"rank {comm.rank()} on {host} made no progress for {seconds:.0f} s (run.timeout_seconds): it has lost "
+    _say(text + f"contact with another rank, or hangs itself. Stacks of all threads: {where}. {_remedy(folder)}")
 
 
 @contextmanager

@@ -35,6 +35,7 @@ FREE_KEYS = (
     "train.num_steps", "train.stop_step", "train.micro_batch_size", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.validation_draws", "prune.rollback", "distill.teacher", "distill.placement",
     "prune.method", "score.criteria", "score.weights", "score.out",
+    "train.bad_steps", "train.spike_deviations", "train.max_rollbacks",
 )  # fmt: skip
 
 

@@ -105,15 +105,34 @@ def roll_back(config: Config) -> None:
         except ValueError as problem:  # of a newer version: before anything moves
             error = str(problem)
     comm.raise_together(error)
+    set_aside(root, target, later)
+    if later:
+        get_logger().info("rolled back to %s; %d later checkpoints are set aside", target.name, len(later))
+
+
+def set_aside(root: Path, newest: Path | None, later: list[Path]) -> None:
+    """Move checkpoints to a folder `superseded_N` beside them. Collective.
+
+    Args:
+        root: the checkpoints folder.
+        newest: the one that stays newest, None when none stays.
+        later: those to move, oldest first.
+
+    Raises:
+        DistributedError: on all ranks, when the folder cannot be written.
+    """
+    error = None
     if comm.is_main() and later:
         try:
-            write_text(root / "latest", target.name)
+            if newest is not None:
+                write_text(root / "latest", newest.name)
+            else:
+                (root / "latest").unlink(missing_ok=True)
             taken = [p.name.removeprefix("superseded_") for p in root.glob("superseded_*")]
             aside = root / f"superseded_{1 + max((int(n) for n in taken if n.isdecimal()), default=0)}"
             aside.mkdir()
             for folder in reversed(later):  # the newest first: a resume in between finds no gap
                 os.replace(folder, aside / folder.name)
-            get_logger().info("rolled back to %s; later checkpoints (%d) are in %s", target.name, len(later), aside)
         except OSError as problem:
             error = f"cannot move later checkpoints in {root}: {problem}. Free space, then run the same command again."
     comm.raise_together(error)

@@ -33,6 +33,7 @@ from entprune_ds.faults import check_space
 from entprune_ds.interop.finite import non_finite, non_finite_problem
 from entprune_ds.interop.weights import opened
 from entprune_ds.logs import get_logger
+from entprune_ds.loss_guard import LossGuard
 from entprune_ds.models.registry import count_parameters
 from entprune_ds.monitor.interface import Monitor
 from entprune_ds.monitor.metrics import metrics_size, open_monitor, rewind_metrics
@@ -78,6 +79,10 @@ class Run:
     """How the loop trains: alone or with a teacher."""
     validations: list[Validation] = field(default_factory=list)
     """Validation losses of the training weights so far."""
+    guard: LossGuard = field(default_factory=lambda: LossGuard(0))
+    """Which steps count."""
+    arguments: list[str] = field(default_factory=list)
+    """The words of the command line."""
 
     @property
     def last_removal(self) -> int | None:
@@ -98,7 +103,11 @@ class Run:
 def open_run(config: Config, arguments: list[str]) -> Run:
     """Build or resume: engine, data cursor, decisions. Collective."""
     roll_back(config)
-    found = find_checkpoint(config.run_dir / "checkpoints", log.warning)
+    return run_from(config, arguments, find_checkpoint(config.run_dir / "checkpoints", log.warning))
+
+
+def run_from(config: Config, arguments: list[str], found: Checkpoint | None) -> Run:
+    """The run as a checkpoint has it, or a new one. Collective."""
     model_config = config.model if found is None else found.model(config.model)
     engine = build_engine(config, model_config, *saved_cut(config, found))
     stream = open_stream(config, engine)
@@ -131,6 +140,8 @@ def open_run(config: Config, arguments: list[str]) -> Run:
     if validations and validations[-1][0] == step:  # it stands in the metrics already
         run.validated = (step, engine.depth)
     run.soft = open_soft(config, engine, None if found is None else found.manifest["record"].get("soft"))
+    guarded = None if found is None else found.manifest["record"].get("guard")
+    run.guard, run.arguments = LossGuard.from_json(config.train.spike_deviations, guarded), arguments
     return run
 
 
@@ -260,6 +271,7 @@ def checkpoint(run: Run) -> None:
         "costs": costs_as_json(run.engine.costs),
         "decisions": [d.to_json() for d in run.decisions],
         "soft": None if run.soft is None else run.soft.to_json(),
+        "guard": run.guard.to_json(),
         "config": to_stored(run.config),
         "metrics_bytes": metrics_size(run.folder),
         "teacher": run.recovery.digest,

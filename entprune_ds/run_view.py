@@ -42,7 +42,7 @@ def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
     values |= run.recovery.metrics(engine)
     run.monitor.log(run.step, values)
     line.update(run.step, f"loss {mean:.4f}  depth {engine.depth}  {rate:.0f} examples/s")
-    if not math.isfinite(mean):
+    if not math.isfinite(mean) and not config.train.bad_steps:
         message = f"the loss is {mean} at step {run.step}. Check the data, or lower train.learning_rate and start "
         raise comm.DistributedError(message + "under another run.name; the checkpoints of this run stay as they are.")
 
@@ -91,6 +91,7 @@ def sample_grid(run: Run, name: str, watch: Callable[[int, str], None] = lambda 
     def watched(z: Tensor, t: Tensor, y: Tensor) -> Tensor:  # (n,C,H,W), (n,), (n,) -> (n,C',H,W)
         nonlocal evaluations
         evaluations += 1
+        comm.mark_progress()  # samplers take hundreds of evaluations without meeting another rank
         watch(done, f"{evaluations} evaluations of the model")
         return view(z, t, y)
 

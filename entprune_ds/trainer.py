@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from entprune_ds import comm
+from entprune_ds.bad_steps import go_back, left_out
 from entprune_ds.config import Config
 from entprune_ds.coordinator import Examples, History, run_check
 from entprune_ds.data.latents import Batch
@@ -18,6 +19,7 @@ from entprune_ds.diffusion.objective import Draws
 from entprune_ds.engine.build import destroy_engine
 from entprune_ds.engine.checkpoint import read_checkpoint
 from entprune_ds.engine.resize import next_cut, resize
+from entprune_ds.engine.step_figures import step_figures
 from entprune_ds.engine.step_time import step_timer
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.export import export_checkpoint
@@ -33,6 +35,7 @@ from entprune_ds.pruning.surgery import narrowed
 from entprune_ds.race import hold_race
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
 from entprune_ds.run_view import log_macs, log_step, sample_grid, validate
+from entprune_ds.slow_ranks import StepSample
 from entprune_ds.soft_budget import removal_steps
 from entprune_ds.soft_pruning import soft_due, soft_update
 from entprune_ds.stop_request import Stopped, StopWatch, listen
@@ -86,6 +89,9 @@ def loop(run: Run) -> None:
             if soft_due(config, run.soft, run.step):
                 soft_prune(run)
             loss = one_step(run)
+            if run.guard.in_a_row and run.guard.in_a_row >= config.train.bad_steps:
+                go_back(run)
+                continue
             if run.step % config.monitor.log_every == 0:
                 log_step(run, loss, line)
             if config.train.validate_every and run.step % config.train.validate_every == 0:
@@ -100,13 +106,29 @@ def one_step(run: Run) -> Tensor:
     """One optimizer step; returns the mean loss of this data-parallel rank, not yet synchronised."""
     config, engine = run.config, run.engine
     engine.set_learning_rate(learning_rate(config.train, run.step))
-    with counted(config.monitor.count_macs and run.counted != engine.model_config) as macs:
-        loss = run.recovery.train_step(engine, next_draws(run), run.objective, run.step, run.decisions)
-    engine.update_ema(config.train.ema_decay)
+    if config.distill.start == run.step:
+        run.guard.settle_again()  # it begins to minimise something else
+    every = config.monitor.slow_every
+    sample = StepSample(every > 0 and (run.step + 1) % every == 0)
+    with counted(config.monitor.count_macs and run.counted != engine.model_config) as macs, guarded(run), sample.step():
+        draws = sample.fetch(lambda: next_draws(run))
+        loss = run.recovery.train_step(engine, draws, run.objective, run.step, run.decisions)
     run.step, run.counted = run.step + 1, engine.model_config
+    if run.guard.reason:
+        left_out(run, loss)
+    else:
+        engine.update_ema(config.train.ema_decay)
     log_macs(run, "train/step_macs", macs)
+    sample.tell(run.monitor, run.step, config.monitor.slow_factor)
     comm.mark_progress()
     return loss
+
+
+def guarded(run: Run) -> contextlib.AbstractContextManager[None]:
+    """Where a bad step is left out; see loss_guard.py."""
+    if not run.config.train.bad_steps:
+        return contextlib.nullcontext()
+    return run.engine.guard.asking(lambda: run.guard.allows(*step_figures(run.engine)))
 
 
 def next_draws(run: Run) -> list[Draws]:
@@ -184,6 +206,7 @@ def soft_prune(run: Run) -> None:
         update = soft_update(engine, config, soft, run.step, examples_of(config, soft.updates))
     log_macs(run, "prune/score_macs", macs)
     run.monitor.log(run.step, update.metrics)
+    run.guard.settle_again()
     run.started, run.validated = time.monotonic(), (-1, -1)  # with other gates it is another model
     if update.decision is None:
         return
@@ -208,6 +231,7 @@ def carry_out(run: Run, decision: PruneDecision) -> None:
         plan = ds.train_micro_batch_size_per_gpu(), ds.gradient_accumulation_steps()
         log.info("micro-batch %d x accumulation %d", *plan)
     run.monitor.log(run.step, report.metrics())
+    run.guard.settle_again()
     run.validated = (-1, -1)  # blocks may be narrower at the same depth
     validate(run)
     sample_grid(run, f"check_{check}_after")

@@ -42,6 +42,7 @@ FLOORS = (
         "learning_rate",
         "race_plan",
         "mac_counter",
+        "loss_guard",
     ),
     ("models", "diffusion", "importance", "pruning"),
     ("data", "interop", "engine", "monitor", "evaluation"),
@@ -71,8 +72,9 @@ FLOORS = (
         "soft_pruning",
         "restarts",
         "stop_request",
+        "slow_ranks",
     ),
-    ("run_state", "run_view", "trainer"),
+    ("run_state", "run_view", "trainer", "bad_steps"),
     ("cli",),
 )
 ROOMS = {

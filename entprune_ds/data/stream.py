@@ -80,6 +80,7 @@ class Stream:
         if num_workers:
             self.source = Pool(plan, mine, rows, min(num_workers, len(mine)), prefetch)
         self.places: dict[int, Cursor] = dict.fromkeys(mine, Cursor())
+        self.plan, self.rows, self.before = plan, rows, self.places  # for batch_origin
         self.batches = 0
         self.skipped: set[tuple[str, int]] = set()
         """(shard, position) of the damaged examples that were passed over."""
@@ -110,7 +111,7 @@ class Stream:
         except BaseException:  # whatever happened, a checkpoint made now must not skip examples
             self.source.seek(self.places)
             raise
-        self.places, self.skipped = self.source.places(), skipped
+        self.before, self.places, self.skipped = self.places, self.source.places(), skipped
         self.batches += 1
         return Batch(latents, labels, self.slots)
 

@@ -19,6 +19,7 @@ from entprune_ds.engine.ds_config import full_ds_config, offloads, stages_at
 from entprune_ds.engine.ema import ema_decay, new_ema, update_ema
 from entprune_ds.engine.layer_costs import LayerCosts, measure_costs
 from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
+from entprune_ds.engine.step_guard import StepGuard
 from entprune_ds.models.dit import DiT, initial_tensor
 from entprune_ds.models.layers import Block, position_embedding
 from entprune_ds.models.registry import parameter_shapes
@@ -49,6 +50,13 @@ class Engine:
     """Whether the stages between the first and the last need the examples too: for the teacher of their blocks."""
     gates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Gates of soft pruning by original index of the block; see engine.gates."""
+    guard: StepGuard = field(init=False)
+    """Where an optimizer step can be left out."""
+    batch_loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Mean loss of this rank's newest batch, without a pipeline."""
+
+    def __post_init__(self) -> None:
+        self.guard = StepGuard(self.optimizer)
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:
@@ -268,11 +276,11 @@ def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tenso
         from entprune_ds.engine.pipeline import train_batch
 
         return train_batch(engine.ds, micro_batches, engine.dtype, loss_fn), time.perf_counter() - start
-    total = torch.zeros((), device=comm.device())
+    total = engine.batch_loss = torch.zeros((), device=comm.device())
     for draws in micro_batches:
         draws = draws.to(comm.device(), engine.dtype)
         loss = loss_fn(engine.ds(draws.z_t, draws.t, draws.labels), *draws.wanted).mean()
         engine.ds.backward(loss)
+        total += loss.detach() / len(micro_batches)  # before the step, which may be left out for it
         engine.ds.step()
-        total += loss.detach() / len(micro_batches)
     return total, time.perf_counter() - start

@@ -86,6 +86,11 @@ def _unsupported(values: dict[str, Any], zero: dict[str, Any], stage: Any) -> st
     offload = zero.get("offload_optimizer")
     if offload is not None and (not isinstance(offload, dict) or offload.get("device") not in ("cpu", "none")):
         return 'must give `offload_optimizer` as {"device": "cpu"}; other places are not supported.'
+    if offload is not None and offload.get("ratio", 1.0) != 1.0:
+        return (
+            "gives offload_optimizer a `ratio`, with which a second optimizer steps a part that can neither be resized "
+            "nor left out of a bad step (train.bad_steps). Remove it."
+        )
     if stage == 0 and offloads(values):
         return "offloads the optimizer, which needs ZeRO stage 1, 2 or 3. Choose one, or remove offload_optimizer."
     return None
