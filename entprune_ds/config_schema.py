@@ -163,6 +163,10 @@ class MonitorConfig:
     """Steps between logged training metrics."""
     sample_every: int = 0
     """Steps between sample grids; 0 draws them only around removals and at the end."""
+    blocks_every: int = 100
+    """Steps between norms and gates of every block on a fixed batch of 16 examples; 0 switches them off."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOPS, for train/mfu; null takes that of a known GPU in bf16, and shows none elsewhere."""
     wandb: bool = True
     """Log to Weights & Biases (offline when no API key is set)."""
     wandb_project: str = "entprune_ds"

@@ -62,8 +62,6 @@ class Run:
     checks: list[int] = field(default_factory=list)
     """Steps before which a pruning check stands."""
     validation: Draws | None = None
-    started: float = 0.0
-    """Monotonic seconds at the last throughput measurement."""
     saved: int = -1
     """Step of the newest checkpoint."""
     reading: bool = False
@@ -78,6 +76,8 @@ class Run:
     """How the loop trains: alone or with a teacher."""
     validations: list[Validation] = field(default_factory=list)
     """Validation losses of the training weights so far."""
+    fixed_batch: Draws | None = None
+    """What the norms of the blocks are measured on, once it has been read."""
 
     @property
     def last_removal(self) -> int | None:

@@ -67,7 +67,7 @@ FLOORS = (
         "race_trial",
         "soft_pruning",
     ),
-    ("run_state", "run_view", "trainer"),
+    ("run_state", "run_view", "step_metrics", "trainer"),
     ("cli",),
 )
 ROOMS = {

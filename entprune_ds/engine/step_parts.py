@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+MOST_RUNNING = 512
+"""Parts on a GPU that are kept before those that have ended are summed up."""
 PARTS = ("data", "forward", "backward", "optimizer", "communication", "hidden", "teacher")
 
 
@@ -53,6 +55,11 @@ class StepParts:
         self.open: list[Open] = []
         self.running: deque[Timed] = deque()
         self.spare: list[torch.cuda.Event] = []
+        self.steps, self.began = 0, time.monotonic()
+
+    def restart(self) -> None:
+        """Forget what was measured: what stood between the steps was no training."""
+        self.take()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -70,17 +77,27 @@ class StepParts:
             inside = None if around is None else around.name
             if self.cuda:
                 self.running.append(Timed(name, inside, start, self._event(stream)))  # type: ignore[arg-type]
+                if len(self.running) > MOST_RUNNING:
+                    self._sum_up()
             else:
                 self._add(name, inside, time.perf_counter() - start)  # type: ignore[operator]
 
-    def take(self) -> dict[str, float]:
-        """Seconds of every part since the last call; on a GPU those that have ended, without waiting for others."""
+    def take(self) -> tuple[float, dict[str, float]]:
+        """Seconds of a step since the last call, whatever stood between the steps included, and those of its parts.
+
+        Parts that a GPU has not finished count next time; nobody waits for them.
+        """
+        self._sum_up()
+        now, steps = time.monotonic(), max(self.steps, 1)
+        whole, parts = (now - self.began) / steps, {name: self.seconds[name] / steps for name in PARTS}
+        self.steps, self.began, self.seconds = 0, now, Counter()
+        return whole, parts
+
+    def _sum_up(self) -> None:
         while self.running and self.running[0].end.query():
             timed = self.running.popleft()
             self._add(timed.name, timed.inside, timed.start.elapsed_time(timed.end) / 1e3)
             self.spare += [timed.start, timed.end]
-        taken, self.seconds = {name: self.seconds[name] for name in PARTS}, Counter()
-        return taken
 
     def _add(self, name: str, inside: str | None, seconds: float) -> None:
         self.seconds[name] += seconds

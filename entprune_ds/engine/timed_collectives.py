@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _CoalescingManager
+
 from entprune_ds.engine.step_parts import StepParts
 
 NAMES = (
@@ -65,6 +68,6 @@ def _timed_collective(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args, **kwargs)
         with _listening[-1].part("communication"):
             result = call(*args, **kwargs)
-        return TimedWork(result) if callable(getattr(result, "wait", None)) else result
+        return TimedWork(result) if isinstance(result, (dist.Work, _CoalescingManager)) else result
 
     return inner
