@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from entprune_ds.cli import report as report_cli
 from entprune_ds.monitor import activity_plots, runs_page, runs_plots
 from entprune_ds.monitor.activity_section import late_median
 from entprune_ds.monitor.report import build_report
 from entprune_ds.monitor.run_folder import read_run_folder
-from tests.test_monitor import HOSTILE, Page, decision_row, picture, write_run
+from tests.test_monitor import HOSTILE, Page, decision_row, write_run
 
 
 def rich_rows(seed: int = 0, steps: int = 600, speed: float = 1.0) -> list[dict]:
@@ -63,7 +65,8 @@ def test_figures_of_speed_and_blocks_are_pictures():
         runs_plots.overlaid({"a": rows, "$b$ \ud800": rich_rows(1, 4000)}),
     ]
     for png in drawn:
-        image = picture(png)
+        assert png is not None
+        image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
         assert image.shape[1] > 600 and image.std() > 10
     nothing = [{"step": 1, "train/loss": 1.0, "train/residual/block_-1": 1.0, "train/residual/block_99999999": 1}]
     assert activity_plots.time_split(nothing) is None and activity_plots.block_map(nothing, "residual") is None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from entprune_ds.config import Config, ModelConfig, MonitorConfig
 from entprune_ds.config_checks import problems_of
+from entprune_ds.engine import step_parts
 from entprune_ds.engine.block_norms import block_norms
 from entprune_ds.engine.device_use import known_peak, peak_tflops, step_flops
-from entprune_ds.engine.step_parts import StepParts
+from entprune_ds.engine.step_parts import PARTS, StepParts
 from entprune_ds.models.dit import DiT, initialize
 from entprune_ds.models.registry import count_macs, model_config
 from tests.ranks import run_ranks
@@ -23,23 +24,30 @@ FULL = pytest.mark.full
 BASE_PARTS = ("data", "forward", "backward", "optimizer", "communication")
 
 
-def test_parts_are_disjoint_and_start_anew():
+def test_parts_are_disjoint_and_start_anew(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(step_parts, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=lambda: now))
     parts = StepParts()
+    now = 101.0
     with parts.part("backward"):
-        time.sleep(0.02)
+        now = 103.0
         with parts.part("communication"):
-            time.sleep(0.05)
+            now = 108.0
             with parts.part("communication"):
-                time.sleep(0.01)
+                now = 109.0
+        now = 109.5
     with parts.part("data"):
-        time.sleep(0.03)
+        now = 112.0
     parts.steps = 2
+    now = 114.0
     seconds, found = parts.take()
-    assert 0.01 <= found["backward"] < 0.025 and 0.03 <= found["communication"] < 0.05
-    assert 0.015 <= found["data"] < 0.03 and found["forward"] == found["hidden"] == 0
-    assert sum(found.values()) <= seconds < sum(found.values()) + 0.01
-    _, again = parts.take()
-    assert not any(again.values())
+    assert found == dict.fromkeys(PARTS, 0) | {"backward": 1.25, "communication": 3.0, "data": 1.25}
+    assert seconds == 7.0
+    now = 115.0
+    assert parts.take() == (1.0, dict.fromkeys(PARTS, 0))  # anew, and no division by no step
+    parts.steps = 3
+    parts.restart()
+    assert parts.steps == 0 and parts.began == 115.0
 
 
 def test_a_part_that_fails_is_closed():
@@ -172,3 +180,19 @@ def test_a_pipeline_tells_its_bubble(digits, tmp_path):
         assert len(found) == 4 and all(0 < share < 1 for share in found)
         shares[size] = min(found)
     assert shares[16] > 0.25  # a single micro-batch: each of two stages stands still for half of the passes
+
+
+def test_the_benchmark_of_monitoring_measures_pairs(tmp_path):
+    from tools.bench_monitor import TINY, bootstrap
+
+    found, other = run_ranks("tools.bench_monitor:measure", 2, folder=str(tmp_path), pairs=3, settings=TINY)
+    assert found["pairs"] == 3 and found["world_size"] == 2 and found["wandb"] == "offline" and not found["dropped"]
+    low, high = found["interval"]
+    assert 1 < low <= found["ratio"] <= high
+    per_block = found["log_ms"] + found["blocks_ms"] * found["log_every"] / found["blocks_every"]
+    per_block += found["clock_ms_per_step"] * found["log_every"]
+    estimate = 1 + per_block / (found["step_ms"] * found["log_every"])
+    assert found["ratio"] - 1 == pytest.approx(estimate - 1, rel=1.0)  # medians of quotients against that of medians
+    assert min(found["log_ms"], found["blocks_ms"], found["clock_ms_per_step"], other["step_ms"]) > 0
+    assert bootstrap([1.0, 1.0, 1.0]) == [1.0, 1.0]
+    assert list((tmp_path / "bench" / "wandb").glob("offline-run-*/*.wandb"))

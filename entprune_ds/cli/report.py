@@ -48,7 +48,7 @@ def _build(words: list[str]) -> Path:
             raise ValueError(f"{run_dir} is not a run folder: it holds none of {', '.join(RUN_FILES)}.")
     if len(runs) == 1:
         if outs:
-            raise ValueError(f"`out` is for several runs; the report of one is {runs[0] / 'report.html'}. Leave it out.")
+            raise ValueError("`out` is for several runs; the report of one lies in its folder. Leave it out.")
         from ..monitor.report import build_report  # late, so that --help answers at once
 
         return build_report(runs[0])

@@ -56,11 +56,11 @@ def time_split(metrics: Rows) -> Figure | None:
     if len(at) == 1:
         at, heights = [at[0] - 0.5, at[0] + 0.5], [np.repeat(h, 2) for h in heights]
     axes.stackplot(at, heights, labels=[PARTS[n][0] for n in known], colors=colors, linewidth=0.4, edgecolor="white")
-    top = np.nanpercentile(np.sum(heights, axis=0), 98)  # a pause for a checkpoint must not flatten the rest
-    axes.set_ylim(0, top * 1.15 if top > 0 else 1)
+    top = np.nanpercentile(np.sum(heights, axis=0), 90)  # a pause for a checkpoint must not flatten the rest
+    axes.set_ylim(0, top * 1.3 if top > 0 else 1)
     step_axis(axes)
     axes.set_ylabel("ms a step")
-    figure.legend(loc="outside upper left", ncols=4)
+    figure.legend(loc="outside upper left", ncols=7, columnspacing=1.2)
     return figure
 
 

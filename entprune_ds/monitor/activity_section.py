@@ -28,9 +28,7 @@ def activity_section(run: RunFolder) -> Markup | None:
     """HTML; None for a run that recorded none of it."""
     split = figure(activity_plots.time_split(run.metrics), "Time of a step by part")
     speed = figure(activity_plots.speed_and_memory(run.metrics), "Speed, utilisation, gradient norm, memory")
-    maps = [
-        figure(activity_plots.block_map(run.metrics, name), words) for name, words in activity_plots.MAPS.items()
-    ]
+    maps = [figure(activity_plots.block_map(run.metrics, name), words) for name, words in activity_plots.MAPS.items()]
     maps = [m for m in maps if m is not None]
     if split is None and speed is None and not maps:
         return None

@@ -83,9 +83,7 @@ class QueuedMonitor:
                 lost.update(item.kind for item in self.waiting if item.kind != "end")
                 self.waiting.clear()  # should the thread wake up, it has nothing to say any more
             self.abandon()
-            text = (
-                "Weights & Biases did not finish within %.0f s and is left behind; its folder can be sent "
-            )
+            text = "Weights & Biases did not finish within %.0f s and is left behind; its folder can be sent "
             self.logger.warning(text + "with `wandb sync`.", seconds)
         if lost:
             what = " and ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in sorted(lost.items()))
