@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +18,8 @@ from entprune_ds.config import Config
 from entprune_ds.logs import get_logger
 from entprune_ds.monitor import metrics, sender, wandb_run
 from entprune_ds.monitor.interface import NullMonitor
-from tests.test_monitor import history, wandb_home, wandb_records, write_run  # noqa: F401
+from tests.test_monitor import decision_row, history, wandb_home, wandb_records, write_run  # noqa: F401
+from tests.wandb_server import wandb_server
 
 KEY = "5e" * 20
 
@@ -188,3 +191,37 @@ def test_a_service_that_hangs_neither_slows_the_run_nor_its_end(wandb_home, monk
 
     wandb.teardown()  # as the exit of the process does: nothing is left to wait for
     assert time.monotonic() - start < 20
+
+
+def test_offline_folders_of_a_resumed_run_sync_as_one_run(wandb_home, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dir = write_run(wandb_home / "run", [decision_row(step=3)])
+    for start in (0, 3):
+        monitor = metrics.open_monitor(Config(), run_dir, enabled=True)
+        for step in range(start, start + 3):
+            monitor.log(step, {"train/loss": 10.0 - step})
+        if start:
+            monitor.decision(decision_row(step=3))
+            monitor.image(5, "samples/final", run_dir / "samples" / "final.png")
+        monitor.finish()
+        time.sleep(1.1 if not start else 0)  # folders are named by the second, and told apart by it
+    import wandb
+
+    wandb.teardown()
+    with wandb_server() as (address, received):
+        told = {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY, "HOME": str(wandb_home)}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | told
+        folders = sorted(map(str, (run_dir / "wandb").glob("offline-run-*")))
+        command = [sys.executable, "-m", "wandb", "sync", *folders]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0 and len(folders) == 2, done.stdout + done.stderr
+    assert not received.problems and "rror" not in done.stderr, (received.problems, done.stderr)
+    run_id = (run_dir / "wandb_id.txt").read_text().strip()
+    assert received.runs == {run_id}
+    rows = [row for _, row in sorted(received.history[run_id].items())]
+    assert [row["step"] for row in rows if "train/loss" in row] == [0, 1, 2, 3, 4, 5]
+    assert [row["_step"] for row in rows] == list(range(len(rows)))  # the second folder goes on where the first ended
+    assert "removed blocks 1 and 2" in next(row["prune/decision"] for row in rows if "prune/decision" in row)
+    kinds = [name.split("/")[1] for name in received.files if name.startswith("media/")]
+    assert kinds.count("images") == 2 and kinds.count("table") == 2  # heat map and samples, scores and vote
+    assert len(list(run_dir.glob("wandb/*/*.synced"))) == 2
