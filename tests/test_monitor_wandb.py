@@ -203,6 +203,9 @@ def test_offline_folders_of_a_resumed_run_sync_as_one_run(wandb_home, monkeypatc
         if start:
             monitor.decision(decision_row(step=3))
             monitor.image(5, "samples/final", run_dir / "samples" / "final.png")
+            monitor.artifact(
+                run_dir / "samples", "run depth 2", "model", {"data_digest": "ab" * 32, "kept_blocks": [0]}
+            )
         monitor.finish()
         time.sleep(1.1 if not start else 0)  # folders are named by the second, and told apart by it
     import wandb
@@ -222,6 +225,9 @@ def test_offline_folders_of_a_resumed_run_sync_as_one_run(wandb_home, monkeypatc
     assert [row["step"] for row in rows if "train/loss" in row] == [0, 1, 2, 3, 4, 5]
     assert [row["_step"] for row in rows] == list(range(len(rows)))  # the second folder goes on where the first ended
     assert "removed blocks 1 and 2" in next(row["prune/decision"] for row in rows if "prune/decision" in row)
-    kinds = [name.split("/")[1] for name in received.files if name.startswith("media/")]
-    assert kinds.count("images") == 2 and kinds.count("table") == 2  # heat map and samples, scores and vote
+    pictures = [name for name in received.files if name.startswith("media/images/")]
+    assert len(pictures) == 2 and all(received.files[name][:4] == b"\x89PNG" for name in pictures)  # heat map, samples
+    tables = [name for kind, name in received.artifacts if kind == "run_table"]
+    assert len(tables) == 2  # scores and vote
+    assert received.artifacts["model", "run_depth_2"] == {"data_digest": "ab" * 32, "kept_blocks": [0]}
     assert len(list(run_dir.glob("wandb/*/*.synced"))) == 2

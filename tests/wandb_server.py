@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ class Received:
         self.history: dict[str, dict[int, dict]] = {}
         """{run id: {line: row}}."""
         self.files: dict[str, bytes] = {}
+        self.artifacts: dict[tuple[str, str], dict] = {}
+        """{(type, name): metadata}."""
         self.problems: list[str] = []
 
     def bucket(self, name: str) -> dict[str, Any] | None:
@@ -44,6 +47,15 @@ class Received:
         if "createRunFiles" in query:
             files = [{"name": f, "uploadUrl": f"http://{host}/upload/{f}"} for f in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        if "serverInfo" in query:
+            return {"serverInfo": {"features": []}}
+        if "createArtifact(" in query:  # said to be there already, so that no file of it is asked for
+            asked = variables["input"]
+            names = asked["artifactTypeName"], asked["artifactCollectionName"]
+            self.artifacts[names] = json.loads(asked.get("metadata") or "{}")
+            newest = {"id": "a", "versionIndex": 0}
+            known = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": newest}}
+            return {"createArtifact": {"artifact": known}}
         return {}
 
     def stream(self, name: str, body: dict[str, Any]) -> None:
@@ -80,7 +92,7 @@ def wandb_server() -> Iterator[tuple[str, Received]]:
                 received.stream(self.path.split("/")[-2], json.loads(body))
             elif self.path.startswith("/upload/"):
                 received.files[self.path.removeprefix("/upload/")] = body
-            else:
+            elif "/otel/" not in self.path:  # the client's own telemetry
                 received.problems.append(f"{self.command} {self.path}")
             text = json.dumps(answer).encode()
             self.send_response(200)
@@ -95,7 +107,9 @@ def wandb_server() -> Iterator[tuple[str, Received]]:
         daemon_threads = True
 
         def handle_error(self, *_: Any) -> None:
-            """A client that has left."""
+            """A client that has left is no problem; a request that cannot be answered is one."""
+            if not isinstance(sys.exception(), ConnectionError):
+                received.problems.append(repr(sys.exception()))
 
     server = Quiet(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
