@@ -268,7 +268,6 @@ def test_resumes_continue_one_offline_run_and_its_file_holds_the_history(wandb_h
     ids = set()
     for start in (0, 1, 2):  # steps 1 and 2 are repeated by the resumes
         monitor = metrics.open_monitor(Config(), run_dir, enabled=True)
-        ids.add((run_dir / "wandb_id.txt").read_text().strip())
         for step in (start, start + 1):
             monitor.log(step, {"train/loss": 10.0 + step})
         if start == 2:
@@ -278,6 +277,7 @@ def test_resumes_continue_one_offline_run_and_its_file_holds_the_history(wandb_h
             monitor.summary({"pruned": {"fid": 7.875}})
             monitor.artifact(run_dir / "samples", "the model!", "model")
         monitor.finish()
+        ids.add((run_dir / "wandb_id.txt").read_text().strip())
     wandb.teardown()  # as at the end of a process: the client's service finishes its files
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert len(ids) == 1 and [f.name for f in files] == [f"run-{next(iter(ids))}.wandb"] * 3

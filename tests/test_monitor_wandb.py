@@ -196,6 +196,7 @@ def test_a_service_that_hangs_neither_slows_the_run_nor_its_end(wandb_home, monk
 def test_offline_folders_of_a_resumed_run_sync_as_one_run(wandb_home, monkeypatch):  # noqa: F811
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = write_run(wandb_home / "run", [decision_row(step=3)])
+    facts = {"data_digest": "ab" * 32, "kept_blocks": [0]}
     for start in (0, 3):
         monitor = metrics.open_monitor(Config(), run_dir, enabled=True)
         for step in range(start, start + 3):
@@ -203,9 +204,7 @@ def test_offline_folders_of_a_resumed_run_sync_as_one_run(wandb_home, monkeypatc
         if start:
             monitor.decision(decision_row(step=3))
             monitor.image(5, "samples/final", run_dir / "samples" / "final.png")
-            monitor.artifact(
-                run_dir / "samples", "run depth 2", "model", {"data_digest": "ab" * 32, "kept_blocks": [0]}
-            )
+            monitor.artifact(run_dir / "samples", "run depth 2", "model", facts)
         monitor.finish()
         time.sleep(1.1 if not start else 0)  # folders are named by the second, and told apart by it
     import wandb
@@ -229,5 +228,5 @@ def test_offline_folders_of_a_resumed_run_sync_as_one_run(wandb_home, monkeypatc
     assert len(pictures) == 2 and all(received.files[name][:4] == b"\x89PNG" for name in pictures)  # heat map, samples
     tables = [name for kind, name in received.artifacts if kind == "run_table"]
     assert len(tables) == 2  # scores and vote
-    assert received.artifacts["model", "run_depth_2"] == {"data_digest": "ab" * 32, "kept_blocks": [0]}
-    assert len(list(run_dir.glob("wandb/*/*.synced"))) == 2
+    assert received.artifacts["model", "run_depth_2"] == facts
+    assert len(list(run_dir.glob("wandb/offline-run-*/*.synced"))) == 2

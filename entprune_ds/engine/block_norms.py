@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entprune_ds.diffusion.objective import Draws
 from entprune_ds.engine.view import ShardedView
@@ -43,8 +43,8 @@ def block_norms(view: ShardedView, draws: Draws) -> dict[int, BlockNorms]:
     return {index: BlockNorms(*row) for index, row in zip(view.kept_blocks, found, strict=True)}
 
 
-def _gates(block: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
+def _gates(block: Any, c: Tensor) -> tuple[Tensor, Tensor]:
     """Mean absolute gates of the two branches for conditioning c (N,D)."""
-    _, _, attention, _, _, mlp = block.adaLN_modulation(c).chunk(6, dim=1)  # type: ignore[operator]
+    _, _, attention, _, _, mlp = block.adaLN_modulation(c).chunk(6, dim=1)
     outer = 1.0 if block.gate is None else block.gate.abs()
     return (attention.abs() * outer).mean(), (mlp.abs() * outer).mean()

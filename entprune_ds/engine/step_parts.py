@@ -17,7 +17,7 @@ the GPU works appears nowhere. Waiting for a slower rank is communication of the
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class StepParts:
 
     def __init__(self, cuda: bool = False):
         self.cuda = cuda
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.open: list[Open] = []
         self.running: deque[Timed] = deque()
         self.spare: list[torch.cuda.Event] = []
@@ -90,7 +90,7 @@ class StepParts:
         self._sum_up()
         now, steps = time.monotonic(), max(self.steps, 1)
         whole, parts = (now - self.began) / steps, {name: self.seconds[name] / steps for name in PARTS}
-        self.steps, self.began, self.seconds = 0, now, Counter()
+        self.steps, self.began, self.seconds = 0, now, defaultdict(float)
         return whole, parts
 
     def _sum_up(self) -> None:
