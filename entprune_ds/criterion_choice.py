@@ -7,6 +7,7 @@ from pathlib import Path
 
 from entprune_ds.config import PruneConfig
 from entprune_ds.importance.criteria import Criterion, find_criterion
+from entprune_ds.user_criterion import guarded
 
 
 def chosen_criterion(prune: PruneConfig) -> Criterion:
@@ -38,4 +39,4 @@ def load_criterion(path: Path) -> Criterion:
     if not isinstance(criterion, Criterion):
         message = f"`prune.criterion`: {path} must define CRITERION = Criterion(...), got {criterion!r}. "
         raise ValueError(message + "docs/CRITERIA.md has an example.")
-    return criterion
+    return guarded(path, criterion)

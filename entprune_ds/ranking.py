@@ -51,6 +51,7 @@ def rank_blocks(m: Measuring, state: CheckState, hold_race: HoldRace | None = No
 
     Raises:
         ValueError: when the criterion races and nothing is there to train.
+        DistributedError: on all ranks, when scores are not finite, or a criterion's order is none.
     """
 
     def agreed(m: Measuring) -> Scores:
@@ -68,9 +69,18 @@ def rank_blocks(m: Measuring, state: CheckState, hold_race: HoldRace | None = No
         raced, record, parts = hold_race(m, scores)
         scores |= raced
         comm.assert_same_on_all_ranks(scores_as_json(raced), "the scores of the race")
-    seconds, order = time.perf_counter() - start, order_of(state, scores)
+    seconds = time.perf_counter() - start
+    order, problem = _order_or_problem(state, scores)
+    comm.raise_together(problem)
     comm.assert_same_on_all_ranks(order, "the order of removal")  # a user's criterion may be random
     return Ranking(scores, order, parts, record, seconds)
+
+
+def _order_or_problem(state: CheckState, scores: Scores) -> tuple[list[int], str | None]:
+    try:
+        return order_of(state, scores), None
+    except ValueError as problem:
+        return [], str(problem)
 
 
 def order_of(state: CheckState, scores: Scores) -> list[int]:

@@ -92,5 +92,6 @@ def read_decisions(folder: Path) -> list[PruneDecision]:
         try:
             decisions.append(PruneDecision.from_json(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError) as problem:
-            raise ValueError(f"{path}, line {number}: {problem}") from problem
+            message = f"{path}, line {number} is damaged ({problem}). The run itself writes the file anew when it "
+            raise ValueError(message + "goes on from a checkpoint.") from problem
     return decisions

@@ -46,6 +46,7 @@ FLOORS = (
     (
         "coordinator",
         "criterion_choice",
+        "user_criterion",
         "ranking",
         "recovery",
         "teacher",

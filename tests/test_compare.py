@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +15,12 @@ import pytest
 import torch
 from scipy import stats
 
-from entprune_ds.cli import compare_worker, evaluate
+from entprune_ds.cli import compare_row, compare_worker, evaluate
 from entprune_ds.cli.compare import main
 from entprune_ds.cli.compare_base import base_config, base_path, other_base
 from entprune_ds.cli.compare_metrics import check_seconds, damage, equal_step, spent, validation_losses
 from entprune_ds.cli.compare_plan import Row, removals, row_config, row_digest, rows_of, studies
-from entprune_ds.cli.compare_row import base_unfinished, missing, plain_step_macs, result_path
+from entprune_ds.cli.compare_row import Bench, base_unfinished, missing, plain_step_macs, result_path, run_row
 from entprune_ds.cli.compare_rows import at_equal_steps, plain_rows
 from entprune_ds.cli.compare_sources import other_settings, sources
 from entprune_ds.cli.compare_text import (
@@ -43,6 +45,7 @@ from entprune_ds.mac_counter import MacCounter, counted
 from entprune_ds.models.dit import DiT
 from entprune_ds.models.registry import count_macs
 from entprune_ds.monitor import compare_plots
+from tests.ranks import ROOT
 from tests.test_locks import hold
 from tests.tiny import MODEL, tiny_config
 
@@ -543,19 +546,65 @@ def test_rows_of_another_base_or_of_other_data_do_not_join(digits, tmp_path):
     path.parent.mkdir(parents=True)
 
     def said(given: Config, **more: object) -> str:
-        path.write_text(json.dumps({"digest": settled, "sources": made} | more))
+        path.write_text(json.dumps({"digest": settled, "sources": made, "stops": {"150": {}}} | more))
         return " ".join(other_settings(given, BASE))
 
     latency = {"latency_ms": {"1": 1.0, "64": 9.0}}
     assert said(config, **latency) == "" == said(config, sources={})  # those of an earlier version say nothing
     assert "was made from another base than" in said(settings(f"compare.base={bases[1]}", *words))
-    assert "was made from another data than" in said(
+    assert "was made from other data than" in said(
         settings(*words[:3], f"compare.base={bases[0]}", f"data.shards={digits}/val")
     )
     assert "with other `evaluate.latency_batches`" in said(
         settings(*words, f"compare.base={bases[0]}", "evaluate.latency_batches=[1]"), **latency
     )
     assert "with other settings" in said(config, digest="0")
+
+
+def test_what_lies_in_a_row_without_figures_goes_on_only_with_the_settings_that_it_was_begun_with(
+    digits, tmp_path, monkeypatch
+):
+    config = settings(f"compare.out={tmp_path}", f"data.shards={digits}/train", "compare.criteria=[ced]")
+    bench, (row, *_) = Bench(config, tmp_path, BASE, None, None, None), rows_of(studies(config, BASE))
+    other = replace(bench, config=settings(f"compare.out={tmp_path}", "train.learning_rate=1e-6"))
+    there = row_config(config, row, BASE, tmp_path).run_dir / "there"
+    monkeypatch.setattr(compare_row, "train_to", lambda settings, row, stop: 1 / 0)
+
+    def begun(bench: Bench, made_from: dict[str, str]) -> bool:
+        """Whether what lay in the run folder is still there when the training begins."""
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.touch()
+        with pytest.raises(ZeroDivisionError):
+            run_row(bench, row, made_from)
+        return there.exists()
+
+    assert [begun(bench, {"base": "a"}) for _ in range(2)] == [False, True]
+    assert not begun(other, {"base": "a"}) and not begun(other, {"base": "b"})
+    assert other_settings(config, BASE) == []  # nothing was measured, so nothing can be mixed
+
+
+def test_the_setting_that_differs_from_a_finished_row_is_named(digits, tmp_path):
+    words = (f"compare.out={tmp_path}", f"data.shards={digits}/train", "compare.criteria=[ced]", "compare.seeds=[0]")
+    config = settings(*words)
+    (row,) = rows_of(studies(config, BASE))
+    made = row_config(config, row, BASE, tmp_path)
+    made.run_dir.mkdir(parents=True)
+    (made.run_dir / "config.yaml").write_text(to_yaml(made))
+    path = result_path(tmp_path, row.name)
+    path.parent.mkdir()
+    path.write_text(json.dumps({"digest": row_digest(made), "stops": {"150": {}}}))
+    assert other_settings(config, BASE) == []
+    (problem,) = other_settings(settings(*words, "train.learning_rate=1e-6"), BASE)
+    assert f"with other settings (`train.learning_rate` {made.train.learning_rate}, not 1e-06) than these" in problem
+
+
+def test_a_worker_ends_with_the_command_that_started_it():
+    code = "import time; from entprune_ds.cli.compare import _end_with_parent; import threading; "
+    code += "threading.Thread(target=_end_with_parent).start(); print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline() == b"1\n" and process.poll() is None
+    process.stdin.close()
+    assert process.wait(20) == -signal.SIGTERM
 
 
 def test_a_base_of_other_settings_is_refused_and_speed_does_not_count(tmp_path):
@@ -600,6 +649,8 @@ def test_impossible_comparisons_are_refused_with_all_problems(digits, tmp_path, 
     assert "`distill.kind` features fades out" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "criteria=[ced,a/ced.py,b/x.py,c/x.py]")
     assert "a/ced.py, b/x.py, c/x.py would be called like another criterion" in line
+    (line,) = refusal(capsys, *data, "target_depth=4", "sample.num_samples=64")
+    assert "`sample.num_samples` must be above 64, the features" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "study=[criteria,depth]")
     assert "`compare.depths` is empty" in line
     (line,) = refusal(capsys, *data, "target_depth=4", "base=/nowhere")

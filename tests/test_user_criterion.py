@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 
+from entprune_ds import comm
 from entprune_ds.cli.common import with_run
 from entprune_ds.config import Config, ConfigError, PruneConfig, load_config, problems_of, to_yaml
 from entprune_ds.coordinator import measure
 from entprune_ds.criterion_choice import chosen_criterion
 from entprune_ds.importance.criteria import CRITERIA, Criterion, removal_order
 from entprune_ds.preflight import training_problems
+from entprune_ds.pruning.policy import state_of
+from entprune_ds.ranking import rank_blocks
 from tests.ranks import ROOT
 from tests.reference.checks import toy_check
 from tests.reference.toys import draws, random_dit
@@ -103,6 +106,75 @@ def test_an_order_that_is_none_removes_nothing():
             ValueError, match=r"must order the present blocks \[0, 1, 2\], each once.*Nothing was removed"
         ):
             removal_order(Criterion(lambda request, wrong=wrong: wrong), {}, range(3), target_depth=1)
+
+
+def check_with(tmp_path, code: str):
+    """A check of three blocks by a file with this code."""
+    path = tmp_path / "mine.py"
+    head = "from entprune_ds.importance.criteria import Criterion, lowest_score_first\n"
+    path.write_text(head + "from entprune_ds.importance.scores import Score\n" + code)
+    prune = PruneConfig(target_depth=2, criterion=str(path), num_checks=1)
+    return toy_check(
+        random_dit(depth=3), lambda number, count, t: draws(random_dit(depth=3), count, number), prune=prune
+    )
+
+
+MEASURES = [
+    (
+        "None",
+        "its measure must return {name: {block: Score(value, standard_error)}} for blocks [0, 1, 2], but returned",
+    ),
+    ("{'x': {b: 0.5 for b in m.kept_blocks}}", "but x holds float"),
+    ("{'x': {0: Score(1.0, 0.0)}}", "but x is of blocks [0]"),
+    ("{'x': {b: Score(1.0, 0.0) for b in (0, 1, 9)}}", "but x is of blocks [0, 1, 9]"),
+    ("{7: {b: Score(1.0, 0.0) for b in m.kept_blocks}}", "but returned {7: dict}"),
+    ("{'x': {b: Score(1 / 0, 0.0) for b in m.kept_blocks}}", "line 4: its measure fails (ZeroDivisionError: division"),
+    ("{'x': {b: Score('much', 0.0) for b in m.kept_blocks}}", "holds a score that is no number"),
+]
+
+
+@pytest.mark.parametrize(("returned", "message"), MEASURES)
+def test_what_a_measure_of_a_user_returns_is_checked_and_the_file_is_named(tmp_path, returned, message):
+    code = f"def measure(m):\n    return {returned}\n\nCRITERION = Criterion(lowest_score_first('x'), measure)\n"
+    m = check_with(tmp_path, code)
+    with pytest.raises(comm.RankError, match=re.escape(message)) as caught:
+        measure(m)
+    assert str(caught.value).startswith(f"check 0: `prune.criterion` {tmp_path}/mine.py")
+    assert "Nothing was removed" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ("request.kept_blocks[5]", "mine.py, line 3: its order fails (IndexError: tuple index out of range)"),
+        ("None", "its order fails (TypeError: 'NoneType' object is not iterable)"),
+        (
+            "[float(b) for b in request.kept_blocks]",
+            "must order the present blocks [0, 1, 2], each once, but gave [0.0",
+        ),
+        (
+            "lowest_score_first('x')(request)",
+            "mine.py, line 3: check 0: blocks [0, 1, 2] have no finite `x` score. Nothing was",
+        ),
+    ],
+)
+def test_an_order_of_a_user_that_is_none_ends_all_ranks_with_one_line(tmp_path, order, message):
+    scores = "{'x': {b: Score(float('nan'), 0.0) for b in m.kept_blocks}}"
+    m = check_with(tmp_path, f"CRITERION = Criterion(lambda request: {order}, lambda m: {scores})\n")
+    m = replace(m, config=replace(m.config, score=replace(m.config.score, sweep="needed")))
+    with pytest.raises(comm.DistributedError, match=re.escape(message)):
+        rank_blocks(m, state_of(m.config, 0, 0, m.kept_blocks, 3))
+
+
+def test_numbers_of_numpy_and_torch_in_scores_and_orders_are_taken(tmp_path):
+    code = "import numpy, torch\n"
+    code += "CRITERION = Criterion(lambda request: list(numpy.array([1, 0])) + [torch.tensor(2)],\n"
+    code += "    lambda m: {'x': {b: Score(torch.tensor(1.5), numpy.float64(0)) for b in m.kept_blocks}})\n"
+    m = check_with(tmp_path, code)
+    m = replace(m, config=replace(m.config, score=replace(m.config.score, sweep="needed")))
+    ranking = rank_blocks(m, state_of(m.config, 0, 0, m.kept_blocks, 3))
+    assert ranking.order == [1, 0, 2] and {type(b) for b in ranking.order} == {int}
+    assert {type(s.value) for s in ranking.scores["x"].values()} == {float}
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,7 @@ def help_text(head: str, sections: list[str]) -> str:
             lines.append(f"  {section}.{item.name}={shown}")
             lines.append(f"      {documents[cls.__name__][item.name]}")
         if section == "prune":
-            lines += [
-                "",
-                "  What prune.method stands for; it wins over a preset, and other words over it:",
-            ]
+            lines += ["", "  What prune.method stands for; it wins over a preset, and other words over it:"]
             lines += [f"  {name}: {_settings_of(values)}" for name, values in METHODS.items()]
         lines.append("")
     return "\n".join(lines)

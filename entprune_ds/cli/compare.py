@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,11 +76,18 @@ def _worker(config: Config, part: str) -> int:
     from entprune_ds.cli.compare_worker import work
     from entprune_ds.faults import Interrupted
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work(config, part)
     except (Interrupted, BrokenPipeError) as error:  # the parent is gone, or has had enough
         return 128 + (error.number if isinstance(error, Interrupted) else 13)
     return 0
+
+
+def _end_with_parent() -> None:
+    """Stop when the other end of the standard input is gone: however the parent ends, its end goes with it."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _code_problems(config: Config, words: list[str]) -> list[str]:
@@ -107,11 +116,15 @@ def _problems(config: Config) -> list[str]:
     from entprune_ds.cli.evaluate import extractor_problem
     from entprune_ds.cli.sample import sampling_problems
     from entprune_ds.data.index import load_index
+    from entprune_ds.evaluation.features import FEATURES
     from entprune_ds.preflight import data_problems, training_problems
 
     found = data_problems(config)
     if not found and (problem := extractor_problem(load_index(config.data.shards, config.data.allow_pipe))):
         found = [f"`data.shards`: {problem} Compare there by the validation losses of single runs."]
+    if config.sample.num_samples <= FEATURES:
+        message = f"`sample.num_samples` must be above {FEATURES}, the features that FID is made of, got "
+        found.append(f"{message}{config.sample.num_samples}. Raise it.")
     if found:
         return found
     model, here = base_model(config), base_path(config).is_dir()

@@ -261,6 +261,11 @@ def with_settings(config: Config, changes: dict[str, Any]) -> Config:
 
 def row_digest(settings: Config) -> str:
     """Digest of everything in a row's settings that changes what it finds. Base and data: see `sources`."""
+    return digest(row_values(settings))
+
+
+def row_values(settings: Config) -> dict[str, Any]:
+    """Everything in a row's settings that changes what it finds, by section."""
     prune, race = settings.prune, settings.prune.criterion == "recovery_race"
     members = prune.combined_weights if prune.criterion == "combined" else {}
     learned = "learned" in (prune.criterion, *members, *(settings.race.origins if race else ()))
@@ -272,4 +277,4 @@ def row_digest(settings: Config) -> str:
     values["sample"] = {k: v for k, v in values["sample"].items() if k not in ("grid", "out")}
     values["prune"] |= {} if members else {"combined": []}
     values |= {"code": digest(Path(prune.criterion).read_text())} if prune.criterion.endswith(".py") else {}
-    return digest(values | {"seed": settings.run.seed})
+    return values | {"seed": settings.run.seed}

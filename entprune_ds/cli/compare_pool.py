@@ -73,7 +73,7 @@ class Pool:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as errors:
             process = subprocess.Popen(
-                self.command, env=self.environment, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL,
+                self.command, env=self.environment, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.PIPE,
                 text=True,
             )  # fmt: skip
         self.alive[worker] = process

@@ -78,6 +78,11 @@ def missing(row: Row, compare: CompareConfig, result: dict[str, Any]) -> list[st
     return found + (["latency"] if "latency_ms" not in result else [])
 
 
+def has_figures(result: dict[str, Any]) -> bool:
+    """Whether anything was measured of a row."""
+    return bool(result.get("stops"))
+
+
 def run_row(bench: Bench, row: Row, sources: dict[str, str]) -> None:
     """Train and measure what is still missing of a row; its result file grows with every figure.
 
@@ -86,9 +91,11 @@ def run_row(bench: Bench, row: Row, sources: dict[str, str]) -> None:
     """
     config, compare = bench.config, bench.config.compare
     settings, path = row_config(config, row, bench.model, bench.out), result_path(bench.out, row.name)
-    new: dict[str, Any] = {"digest": row_digest(settings), "sources": sources, "row": asdict(row), "seconds": 0.0}
-    result = read_result(bench.out, row.name) or new
-    path.parent.mkdir(exist_ok=True)
+    made: dict[str, Any] = {"digest": row_digest(settings), "sources": sources}
+    result = read_result(bench.out, row.name)
+    if any(result.get(key) != value for key, value in made.items()) and not has_figures(result):
+        shutil.rmtree(settings.run_dir, ignore_errors=True)  # what lies there was begun with other settings
+        result = made | {"row": asdict(row), "seconds": 0.0}
     result |= {k: result.get(k, {}) for k in ("stops", "probes", "samplings")}
     begin, before = time.monotonic(), result["seconds"]
     late = [step for step in row.probes if str(step) not in result["probes"]]
@@ -101,6 +108,8 @@ def run_row(bench: Bench, row: Row, sources: dict[str, str]) -> None:
         result.update(seconds=before + time.monotonic() - begin, worker_mib=memory)
         write_text(path, json.dumps(result, indent=2, allow_nan=False))
 
+    path.parent.mkdir(exist_ok=True)
+    save()  # first of all: it says what the run folder is made from
     stops = {compare.recovery_steps, *([compare.long_steps] if row.long else [])}
     if compare.equal_compute:
         if "equal_step" not in result:

@@ -6,7 +6,9 @@ in CRITERIA. Wherever two blocks tie, the higher index goes first.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -88,7 +90,9 @@ def removal_order(
         protected=tuple(b for b in protected if b in kept_blocks),
     )
     order = list(chosen.order(request))
-    if sorted(order) != list(request.kept_blocks):
+    with contextlib.suppress(TypeError):  # numbers of numpy and torch become plain ones, for the record
+        order = [operator.index(block) for block in order]
+    if any(type(block) is not int for block in order) or sorted(order) != list(request.kept_blocks):
         message = f"check {check}: the criterion must order the present blocks {list(request.kept_blocks)}, each once, "
         raise ValueError(message + f"but gave {order}. Correct its order. Nothing was removed.")
     return order
@@ -179,10 +183,9 @@ def every_other(request: RankingRequest) -> list[int]:
     The blocks that stay are, for i = 0 .. target - 1, the present ones nearest to the even grid
     first + i * (last - first) / (target - 1), in increasing order (ties to the lower index). The grid lies on
     original indices, so the later checks of a run find the same blocks. A protected block that is not among them takes
-    the place of the nearest one. The others go first, then the
-    inner blocks that stay, then the last block and at the very end the first. Within each part the next
-    to go is the one that leaves the smallest gap, then the one farthest from any missing block, then the
-    higher index.
+    the place of the nearest one. The others go first, then the inner blocks that stay, then the last block and at the
+    very end the first. Within each part the next to go is the one that leaves the smallest gap, then the one farthest
+    from any missing block, then the higher index.
     """
     present = list(request.kept_blocks)
     stay = _evenly_spread(present, request.target_depth, request.protected)

@@ -180,6 +180,8 @@ def _reason(state: CheckState, choice: Choice, chosen: int, equal: list[int]) ->
         return f"{change}: {choice.held}, but {at_least} had to go to leave the target within reach."
     if len(choice.depths) == 1:
         last = not state.later_checks
+        if state.depth <= state.target_depth:
+            return f"{change}: the target is reached, nothing is left to remove."
         why = "the last check reaches the target" if last else "only this depth leaves the target within reach"
         return f"{change}: {why}."
     voters = [name for name, weight in zip(("NTK", "ZiCo", "step time"), state.vote_weights, strict=True) if weight]
