@@ -11,12 +11,12 @@ import torch
 from entprune_ds.config import Config, ModelConfig, MonitorConfig
 from entprune_ds.config_checks import problems_of
 from entprune_ds.engine import step_parts
-from entprune_ds.engine.block_norms import block_norms
-from entprune_ds.engine.device_use import known_peak, peak_tflops, step_flops
+from entprune_ds.engine.block_norms import BlockNorms, block_norms
+from entprune_ds.engine.device_use import known_peak, memory, peak_tflops, step_flops
 from entprune_ds.engine.step_parts import PARTS, StepParts
 from entprune_ds.models.dit import DiT, initialize
 from entprune_ds.models.registry import count_macs, model_config
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.test_training import equal_state, losses, words
 from tests.tiny import tiny_config, tiny_draws
 
@@ -196,3 +196,10 @@ def test_the_benchmark_of_monitoring_measures_pairs(tmp_path):
     assert min(found["log_ms"], found["blocks_ms"], found["clock_ms_per_step"], other["step_ms"]) > 0
     assert bootstrap([1.0, 1.0, 1.0]) == [1.0, 1.0]
     assert list((tmp_path / "bench" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_every_metric_of_a_step_is_explained():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    names = [f"train/seconds_{name}" for name in (*PARTS, "other")]
+    names += ["train/mfu", "train/bubble_share", *memory(), *(f"train/{name}/block_NN" for name in BlockNorms._fields)]
+    assert [name for name in names if f"`{name}`" not in text] == []
