@@ -105,7 +105,6 @@ def go_back(run: Run) -> None:
     before = run_from(run.config, run.arguments, find_checkpoint(root, log.warning))
     before.stream.load_state(cursor)
     before.guard.skipped, before.guard.rollbacks, before.guard.in_a_row = guard.skipped, guard.rollbacks + 1, 0
-    before.started = time.monotonic()
     vars(run).update(vars(before))
     run.monitor.log(run.step, {"train/skipped_steps": guard.skipped, "train/rollbacks": run.guard.rollbacks})
     text = "went back to step %d (roll-back %d of at most %d); the data go on after the bad steps"

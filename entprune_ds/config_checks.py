@@ -86,6 +86,9 @@ def problems_of(config: Config) -> list[str]:
         config.monitor.sample_every >= 0,
         f"`monitor.sample_every` must be at least 0, got {config.monitor.sample_every}.",
     )
+    every, peak = config.monitor.blocks_every, config.monitor.peak_tflops
+    require(every >= 0, f"`monitor.blocks_every` must be at least 0, got {every}.")
+    require(peak is None or 0 < peak < 1e6, f"`monitor.peak_tflops` must be above 0 (of one device), got {peak}.")
     return found
 
 

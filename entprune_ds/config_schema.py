@@ -171,9 +171,13 @@ class MonitorConfig:
     sample_every: int = 0
     """Steps between sample grids; 0 draws them only around removals and at the end."""
     slow_every: int = 200
-    """Steps between looks for a slow rank (data wait, computing, communication of one step on every rank); 0: never."""
+    """Steps between looks for a slow rank, in the time split that is logged (monitor.log_every); 0: never."""
     slow_factor: float = 1.5
     """A rank that takes so many times what the median rank takes, waiting apart, is told by name."""
+    blocks_every: int = 100
+    """Steps between norms and gates of every block on a fixed batch of 16 examples; 0 switches them off."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOPS, for train/mfu; null takes that of a known GPU in bf16, and shows none elsewhere."""
     wandb: bool = True
     """Log to Weights & Biases (offline when no API key is set)."""
     wandb_project: str = "entprune_ds"

@@ -90,7 +90,8 @@ class Distillation:
             all_matched = matching(engine.kept_blocks, self.teacher.config.blocks)
             matched = {block: all_matched[block] for block in map(int, model.blocks)}
         last_stage = engine.cut is None or engine.pipe_stage == len(engine.cut) - 1
-        lessons = self.teacher.outputs(draws, matched, last_stage)
+        with engine.parts.part("teacher"):
+            lessons = self.teacher.outputs(draws, matched, last_stage)
         count = engine.ds.gradient_accumulation_steps()
         self.terms = Terms(distill, objective, count, engine.depth, feature_weight(self.config, step, since))
         if matched:

@@ -63,8 +63,6 @@ class Run:
     checks: list[int] = field(default_factory=list)
     """Steps before which a pruning check stands."""
     validation: Draws | None = None
-    started: float = 0.0
-    """Monotonic seconds at the last throughput measurement."""
     saved: int = -1
     """Step of the newest checkpoint."""
     reading: bool = False
@@ -83,6 +81,8 @@ class Run:
     """Which steps count."""
     arguments: list[str] = field(default_factory=list)
     """The words of the command line."""
+    fixed_batch: Draws | None = None
+    """What the norms of the blocks are measured on, once it has been read."""
 
     @property
     def last_removal(self) -> int | None:

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from entprune_ds import comm
+from entprune_ds.config import digest, to_stored
 from entprune_ds.diffusion.sampling import build_sampler
 from entprune_ds.engine.view import ShardedView
+from entprune_ds.environment import commit
 from entprune_ds.evaluation.generate import NoiseAt, generate, make_labels
 from entprune_ds.evaluation.images import save_grid
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import ProgressLine, get_logger
 from entprune_ds.mac_counter import MacCounter
+from entprune_ds.redact import redacted
 from entprune_ds.run_state import Run
+from entprune_ds.step_metrics import step_values
 from entprune_ds.validation import validation_loss
 
 log = get_logger()
 
 
 def log_step(run: Run, loss: Tensor, line: ProgressLine) -> None:
-    """Log the loss of this step over all ranks, and the throughput since the last log."""
+    """Log the loss of this step over all ranks, and where the time since the last log went."""
     config, engine = run.config, run.engine
     skipped_here = run.stream.num_skipped if engine.pipe_stage == 0 else 0  # all stages read the same examples
     sums = comm.all_reduce_sum(torch.stack([loss, loss.new_tensor(skipped_here)]))
     mean, skipped = (sums[0] / comm.world_size()).item(), int(sums[1].item())
-    now = time.monotonic()
-    seconds, run.started = (now - run.started) / config.monitor.log_every, now
-    rate = config.train.global_batch_size / seconds
     norm = engine.ds.get_global_grad_norm()
     values = {
         "train/loss": mean, "train/lr": learning_rate(config.train, run.step - 1), "train/depth": engine.depth,
-        "train/examples_per_second": rate, "train/step_seconds": seconds, "data/skipped": skipped,
+        "data/skipped": skipped,
     }  # fmt: skip
+    values |= step_values(run)
     if norm is not None:
         values["train/grad_norm"] = float(norm)
     values |= run.recovery.metrics(engine)
     run.monitor.log(run.step, values)
+    rate = values["train/examples_per_second"]
     line.update(run.step, f"loss {mean:.4f}  depth {engine.depth}  {rate:.0f} examples/s")
     if not math.isfinite(mean) and not config.train.bad_steps:
         message = f"the loss is {mean} at step {run.step}. Check the data, or lower train.learning_rate and start "
@@ -67,6 +70,17 @@ def log_macs(run: Run, name: str, counter: MacCounter | None) -> None:
     if counter is not None:
         macs = comm.all_reduce_sum(torch.tensor([counter.macs], dtype=torch.int64, device=comm.device()))
         run.monitor.log(run.step, {name: int(macs.item())})
+
+
+def lineage(run: Run) -> dict[str, Any]:
+    """What the exported model was made from, as plain values."""
+    config = run.config
+    return {
+        "base_weights": redacted(config.model.weights), "data": redacted(str(config.data.shards)),
+        "data_digest": run.stream.index.digest, "config_digest": digest(to_stored(config)), "commit": commit(),
+        "step": run.step, "depth": run.engine.depth, "kept_blocks": list(run.engine.kept_blocks),
+        "decisions": [d.digest for d in run.decisions],
+    }  # fmt: skip
 
 
 def sample_grid(run: Run, name: str, watch: Callable[[int, str], None] = lambda done, text: None) -> None:

@@ -1,33 +1,25 @@
-"""Which rank holds the others up: every monitor.slow_every steps each rank times one step of its own.
+"""Which rank holds the others up, told from the time split of all ranks (engine/step_parts.py).
 
-In a synchronous job all ranks take the same time; a slow one shows in that it waits for nobody. So the time of a step
-is parted into the wait for data, communication (in which ranks wait for each other) and the rest, computing; a rank
-whose data and computing together take monitor.slow_factor times those of the median rank is told by name.
+In a synchronous job all ranks take the same time; a slow one shows in that it waits for nobody. So a rank whose wait
+for data and computing together take monitor.slow_factor times those of the median rank is told by name; communication,
+in which ranks wait for each other, is left out.
 """
 
 from __future__ import annotations
 
-import socket
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from entprune_ds import comm
-from entprune_ds.engine.communication import synchronise, timed_communication
-from entprune_ds.logs import get_logger
-from entprune_ds.monitor.interface import Monitor
-
-T = TypeVar("T")
+COMPUTE = ("forward", "backward", "optimizer", "teacher")
+"""Parts of a step in which a rank computes."""
 LEAST_SECONDS = 0.002
 """Differences below it are noise."""
 
 
 @dataclass(frozen=True)
 class RankTime:
-    """One step of one rank, in seconds."""
+    """Seconds of a step on one rank, means since the last look."""
 
     host: str
     data: float
@@ -41,6 +33,19 @@ class RankTime:
     def own(self) -> float:
         """What the rank itself takes, whoever waits for it."""
         return self.data + self.compute
+
+
+def rank_times(hosts: Sequence[str], parts: Sequence[Mapping[str, float]]) -> list[RankTime]:
+    """The time split of every rank, as far as it tells who is slow."""
+    return [
+        RankTime(host, seconds["data"], sum(seconds[name] for name in COMPUTE), seconds["communication"])
+        for host, seconds in zip(hosts, parts, strict=True)
+    ]
+
+
+def due(step: int, log_every: int, slow_every: int) -> bool:
+    """Whether the log after `step` is the first one at or after a multiple of monitor.slow_every."""
+    return slow_every > 0 and step // slow_every > (step - log_every) // slow_every
 
 
 def find_slow(times: Sequence[RankTime], factor: float) -> dict[int, str]:
@@ -73,41 +78,3 @@ def summary(times: Sequence[RankTime]) -> dict[str, float]:
     usual = statistics.median_low(own)
     slowest = {"ranks/slowest": own.index(max(own)), "ranks/slowest_ratio": max(own) / usual if usual > 0 else 1.0}
     return values | slowest
-
-
-class StepSample:
-    """Times one step of this rank where it is `due`, and does nothing elsewhere."""
-
-    def __init__(self, due: bool):
-        self.due, self.data = due, 0.0
-        self.time: RankTime | None = None
-
-    def fetch(self, get: Callable[[], T]) -> T:
-        """What `get` returns: the batch, whose wait is timed."""
-        start = time.perf_counter()
-        found = get()
-        self.data = time.perf_counter() - start
-        return found
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around the whole step, the fetch included."""
-        if not self.due:
-            yield
-            return
-        synchronise()
-        start = time.perf_counter()
-        with timed_communication() as spent:
-            yield
-            synchronise()
-        whole, talk = time.perf_counter() - start, sum(spent)
-        self.time = RankTime(socket.gethostname(), self.data, max(whole - self.data - talk, 0.0), talk)
-
-    def tell(self, monitor: Monitor, step: int, factor: float) -> None:
-        """Gather the times, log them, and warn of slow ranks. Collective where due."""
-        if self.time is None:
-            return
-        times = [RankTime(**values) for values in comm.all_gather_json(asdict(self.time))]
-        monitor.log(step, summary(times))
-        for text in find_slow(times, factor).values():
-            get_logger().warning("step %d: %s", step, text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
 
 import torch
@@ -34,10 +33,10 @@ from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.surgery import narrowed
 from entprune_ds.race import hold_race
 from entprune_ds.run_state import Run, checkpoint, open_run, record_decision, reopen_stream, stream_state
-from entprune_ds.run_view import log_macs, log_step, sample_grid, validate
-from entprune_ds.slow_ranks import StepSample
+from entprune_ds.run_view import lineage, log_macs, log_step, sample_grid, validate
 from entprune_ds.soft_budget import removal_steps
 from entprune_ds.soft_pruning import soft_due, soft_update
+from entprune_ds.step_metrics import log_blocks
 from entprune_ds.stop_request import Stopped, StopWatch, listen
 
 log = get_logger()
@@ -78,7 +77,8 @@ def loop(run: Run) -> None:
     if run.step >= last:
         log.info("all %d steps are done already; only the closing figures are made again", run.step)
     with progress("train", total=config.train.num_steps, done=run.step) as line:
-        run.started, stop = time.monotonic(), StopWatch(run.step)
+        stop = StopWatch(run.step)
+        run.engine.parts.restart()
         while run.step < last:
             if stop.asked(run.step):
                 checkpoint(run)
@@ -94,6 +94,7 @@ def loop(run: Run) -> None:
                 continue
             if run.step % config.monitor.log_every == 0:
                 log_step(run, loss, line)
+            log_blocks(run)
             if config.train.validate_every and run.step % config.train.validate_every == 0:
                 validate(run)
             if config.monitor.sample_every and run.step % config.monitor.sample_every == 0:
@@ -108,10 +109,9 @@ def one_step(run: Run) -> Tensor:
     engine.set_learning_rate(learning_rate(config.train, run.step))
     if config.distill.start == run.step:
         run.guard.settle_again()  # it begins to minimise something else
-    every = config.monitor.slow_every
-    sample = StepSample(every > 0 and (run.step + 1) % every == 0)
-    with counted(config.monitor.count_macs and run.counted != engine.model_config) as macs, guarded(run), sample.step():
-        draws = sample.fetch(lambda: next_draws(run))
+    with counted(config.monitor.count_macs and run.counted != engine.model_config) as macs, guarded(run):
+        with engine.parts.part("data"):
+            draws = next_draws(run)
         loss = run.recovery.train_step(engine, draws, run.objective, run.step, run.decisions)
     run.step, run.counted = run.step + 1, engine.model_config
     if run.guard.reason:
@@ -119,7 +119,6 @@ def one_step(run: Run) -> Tensor:
     else:
         engine.update_ema(config.train.ema_decay)
     log_macs(run, "train/step_macs", macs)
-    sample.tell(run.monitor, run.step, config.monitor.slow_factor)
     comm.mark_progress()
     return loss
 
@@ -194,6 +193,7 @@ def prune_check(run: Run) -> None:
     log.info("check %d: %s Blocks removed: %s%s", check, decision.reason, list(decision.dropped) or "none", narrower)
     if decision.removes and not decision.score_only:
         carry_out(run, decision)
+    run.engine.parts.restart()
 
 
 def soft_prune(run: Run) -> None:
@@ -207,7 +207,8 @@ def soft_prune(run: Run) -> None:
     log_macs(run, "prune/score_macs", macs)
     run.monitor.log(run.step, update.metrics)
     run.guard.settle_again()
-    run.started, run.validated = time.monotonic(), (-1, -1)  # with other gates it is another model
+    run.engine.parts.restart()
+    run.validated = (-1, -1)  # with other gates it is another model
     if update.decision is None:
         return
     record_decision(run, update.decision)
@@ -235,7 +236,7 @@ def carry_out(run: Run, decision: PruneDecision) -> None:
     run.validated = (-1, -1)  # blocks may be narrower at the same depth
     validate(run)
     sample_grid(run, f"check_{check}_after")
-    run.started = time.monotonic()
+    run.engine.parts.restart()
 
 
 def held_race(run: Run, m: Measuring, scores: Scores) -> tuple[Scores, dict[str, Any], Parts]:
@@ -279,6 +280,6 @@ def hand_over(run: Run) -> None:
     if comm.is_main():
         newest = read_checkpoint(run.folder / "checkpoints" / f"step_{run.step:08d}")
         out = export_checkpoint(newest, run.folder / "model", weights="ema")
-        run.monitor.artifact(out, f"{run.config.run.name}-depth-{run.engine.depth}", "model")
+        run.monitor.artifact(out, f"{run.config.run.name}-depth-{run.engine.depth}", "model", lineage(run))
         log.info("model of depth %d: %s", run.engine.depth, out)
     run.monitor.finish()

@@ -74,7 +74,7 @@ FLOORS = (
         "stop_request",
         "slow_ranks",
     ),
-    ("run_state", "run_view", "trainer", "bad_steps"),
+    ("run_state", "run_view", "step_metrics", "trainer", "bad_steps"),
     ("cli",),
 )
 ROOMS = {

@@ -54,10 +54,10 @@ Measured on {date} at commit {commit} by `python tools/fault_table.py`. Each row
   from before the first of them. The data do not go back: the next batch is the one after the bad stretch. All of this
   follows from the checkpoint and the data, so a run that is killed meanwhile and started again does the same. Later
   checkpoints move to `checkpoints/superseded_N`. After `train.max_rollbacks` the run stops with a report (status 2).
-- **Slow ranks.** Every `monitor.slow_every` steps each rank times one step: wait for data, communication (waiting for
-  others included), computing. `ranks/*` in the metrics has medians and maxima; a rank that takes
-  `monitor.slow_factor` times what the median rank takes, communication apart, is told with its host and the likely
-  cause.
+- **Slow ranks.** Every `monitor.slow_every` steps the logged time split is compared over the ranks: wait for data,
+  communication (waiting for others included), computing. `ranks/*` in the metrics has medians and maxima; a rank that
+  takes `monitor.slow_factor` times what the median rank takes, communication apart, is told with its host and the
+  likely cause.
 """
 HEAD = ["fault", "what is sent", "detect (s)", "recover (s)", "lost", "what happens"]
 

@@ -20,6 +20,8 @@ from entprune_ds.engine.ema import ema_decay, new_ema, update_ema
 from entprune_ds.engine.layer_costs import LayerCosts, measure_costs
 from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
 from entprune_ds.engine.step_guard import StepGuard
+from entprune_ds.engine.step_parts import StepParts
+from entprune_ds.engine.timed_collectives import collectives_of
 from entprune_ds.models.dit import DiT, initial_tensor
 from entprune_ds.models.layers import Block, position_embedding
 from entprune_ds.models.registry import parameter_shapes
@@ -50,6 +52,8 @@ class Engine:
     """Whether the stages between the first and the last need the examples too: for the teacher of their blocks."""
     gates: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Gates of soft pruning by original index of the block; see engine.gates."""
+    parts: StepParts = field(default_factory=lambda: StepParts(comm.device().type == "cuda"))
+    """Where the time of its steps goes."""
     guard: StepGuard = field(init=False)
     """Where an optimizer step can be left out."""
     batch_loss: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -110,7 +114,9 @@ class Engine:
 
     def update_ema(self, decay: float) -> None:
         """One EMA update after an optimizer step."""
-        update_ema(self.ema, self.pieces, ema_decay(decay, self.ema_count))
+        with self.parts.part("optimizer"):
+            update_ema(self.ema, self.pieces, ema_decay(decay, self.ema_count))
+        self.parts.steps += 1
         self.ema_count += 1
 
 
@@ -272,15 +278,28 @@ def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tenso
         Mean loss of this data-parallel rank (a tensor, not synchronised) and the seconds taken.
     """
     start = time.perf_counter()
-    if engine.cut is not None:
-        from entprune_ds.engine.pipeline import train_batch
+    with collectives_of(engine.parts):
+        if engine.cut is not None:
+            from entprune_ds.engine.pipeline import train_batch
 
-        return train_batch(engine.ds, micro_batches, engine.dtype, loss_fn), time.perf_counter() - start
-    total = engine.batch_loss = torch.zeros((), device=comm.device())
-    for draws in micro_batches:
-        draws = draws.to(comm.device(), engine.dtype)
-        loss = loss_fn(engine.ds(draws.z_t, draws.t, draws.labels), *draws.wanted).mean()
-        engine.ds.backward(loss)
-        total += loss.detach() / len(micro_batches)  # before the step, which may be left out for it
-        engine.ds.step()
+            total = train_batch(engine.ds, micro_batches, engine.dtype, loss_fn, engine.parts)
+        else:
+            total = _accumulated(engine, micro_batches, loss_fn)
     return total, time.perf_counter() - start
+
+
+def _accumulated(engine: Engine, micro_batches: list, loss_fn: Any) -> Tensor:
+    """train_step without a pipeline."""
+    total, part = torch.zeros((), device=comm.device()), engine.parts.part
+    engine.batch_loss = total
+    for draws in micro_batches:
+        with part("data"):
+            draws = draws.to(comm.device(), engine.dtype)
+        with part("forward"):
+            loss = loss_fn(engine.ds(draws.z_t, draws.t, draws.labels), *draws.wanted).mean()
+        with part("backward"):
+            engine.ds.backward(loss)
+        total += loss.detach() / len(micro_batches)  # before the step, which may be left out for it
+        with part("optimizer"):
+            engine.ds.step()
+    return total

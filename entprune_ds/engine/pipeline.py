@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import module as ds_module
-from deepspeed.runtime.pipe import p2p
+from deepspeed.runtime.pipe import p2p, schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import groups as ds_groups
@@ -28,15 +28,21 @@ from entprune_ds import comm
 from entprune_ds.config import ModelConfig
 from entprune_ds.engine.balance import Cut
 from entprune_ds.engine.state import TESTED_DEEPSPEED
+from entprune_ds.engine.step_parts import StepParts, timed
 from entprune_ds.models.dit import DiT
 from entprune_ds.models.layers import position_embedding
 
 GROUPS = ("ds_model_proc_group", "dp_proc_group", "pp_proc_group", "slice_proc_group")
 """Process groups that a PipelineModule's grid makes and nothing destroys; the fifth is the module's world_group."""
+PART_OF = {
+    schedule.LoadMicroBatch: "data", schedule.ForwardPass: "forward", schedule.BackwardPass: "backward",
+    schedule.OptimizerStep: "optimizer",
+}  # fmt: skip
+"""Parts of a step by DeepSpeed's instruction; the others move data between ranks."""
 NEEDED: dict[Any, tuple[str, ...]] = {
     PipelineModule: ("_partition_layers", "_build", "_set_bounds", "_index_tied_modules", "forward"),
     ds_module.PipelineParallelGrid: ("get_stage_id", "get_data_parallel_id", "get_model_parallel_group"),
-    PipelineEngine: ("train_batch", "_aggregate_total_loss", "set_dataiterator"),
+    PipelineEngine: ("train_batch", "_aggregate_total_loss", "set_dataiterator", "_INSTRUCTION_MAP"),
     p2p: ("_grid", "_groups"),
     ds_groups: ("mpu",),
 }
@@ -121,7 +127,9 @@ class StagedDiT(PipelineModule):
         return self.part.head(x, c) if self.is_last else torch.cat([x, c.unsqueeze(1)], dim=1)
 
 
-def train_batch(ds: Any, micro_batches: list, dtype: torch.dtype, loss_fn: Callable[..., Tensor]) -> Tensor:
+def train_batch(
+    ds: Any, micro_batches: list, dtype: torch.dtype, loss_fn: Callable[..., Tensor], parts: StepParts
+) -> Tensor:
     """One optimizer step of a PipelineEngine; first and last stage read the same draws, those between none.
 
     Returns:
@@ -134,6 +142,10 @@ def train_batch(ds: Any, micro_batches: list, dtype: torch.dtype, loss_fn: Calla
             yield (moved.z_t, moved.t, moved.labels), moved.wanted
 
     ds.module.loss_fn = lambda prediction, wanted: loss_fn(prediction, *wanted).mean()
+    ds._INSTRUCTION_MAP = {  # in place of the one of its class
+        kind: timed(parts, PART_OF.get(kind, "communication"), call)
+        for kind, call in PipelineEngine._INSTRUCTION_MAP.items()
+    }
     ds.train_batch(columns())
     return ds.dp_group_loss
 

@@ -17,7 +17,8 @@ def step_figures(engine: Engine) -> tuple[float, bool]:
     loss, holds = last_loss(engine), engine.cut is None or engine.pipe_stage == len(engine.cut) - 1
     mine = loss.float() / engine.dp_size if holds else torch.zeros((), device=comm.device())
     figures = torch.stack([mine, _infinite_gradient(engine)])
-    mean, infinite = comm.all_reduce_sum(figures).tolist()
+    with engine.parts.part("communication"):  # here ranks wait for each other
+        mean, infinite = comm.all_reduce_sum(figures).tolist()
     return mean, infinite == 0
 
 

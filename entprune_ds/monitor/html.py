@@ -57,7 +57,7 @@ def table(
 
 def facts(values: Mapping[str, Any]) -> Markup:
     """A two-column table of nested plain values; nested names are joined with a dot."""
-    return table((), list(_flat(values, "")), class_="facts")
+    return table((), list(flattened(values)), class_="facts")
 
 
 def figure(png: bytes | None, alt: str, caption: Content = None) -> Markup | None:
@@ -97,10 +97,11 @@ def _escaped(value: Content) -> str:
     return value if isinstance(value, Markup) else html.escape(str(value), quote=True)
 
 
-def _flat(values: Any, path: str) -> Iterable[tuple[str, str]]:
+def flattened(values: Any, path: str = "") -> Iterable[tuple[str, str]]:
+    """Names, joined with dots, and words of nested plain values."""
     if isinstance(values, Mapping) and values:
         for key, value in values.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
+            yield from flattened(value, f"{path}.{key}" if path else str(key))
     else:
         plain = {None: "none", True: "yes", False: "no"}
         yield path, plain[values] if values is None or isinstance(values, bool) else str(values)
@@ -141,6 +142,7 @@ th, td { padding: .32rem .9rem .32rem 0; text-align: right; border-bottom: 1px s
 th { font-weight: 600; } thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 tr > :first-child, .facts td, .words-last tr > :last-child { text-align: left; overflow-wrap: anywhere; }
 tr > :first-child { padding-left: .5rem; }
+.many td { text-align: left; padding-right: 1.4rem; min-width: 7rem; overflow-wrap: anywhere; }
 .facts th { font-weight: 500; color: var(--soft); white-space: nowrap; }
 tr.chosen { background: var(--chosen); }
 .blocks { display: flex; flex-wrap: wrap; gap: 3px; margin: .6rem 0; font-size: .78rem; }

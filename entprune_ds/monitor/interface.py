@@ -26,8 +26,8 @@ class Monitor(Protocol):
         """Set final figures (nested plain values)."""
         ...
 
-    def artifact(self, folder: Path, name: str, kind: str) -> None:
-        """Hand over a folder, such as the exported model."""
+    def artifact(self, folder: Path, name: str, kind: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Hand over a folder, such as the exported model, with what it was made from (see lineage.py)."""
         ...
 
     def finish(self, exit_code: int = 0) -> None:
@@ -50,7 +50,7 @@ class NullMonitor:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Nothing."""
 
-    def artifact(self, folder: Path, name: str, kind: str) -> None:
+    def artifact(self, folder: Path, name: str, kind: str, facts: Mapping[str, Any] | None = None) -> None:
         """Nothing."""
 
     def finish(self, exit_code: int = 0) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 
 from ..atomic import write_bytes
 from ..config import Config
+from ..logs import get_logger
 from ..plain_json import parse_json
 from .interface import Monitor, NullMonitor
 from .records import decision_of, step_of
+from .sender import QueuedMonitor
 
 METRICS_FILE = "metrics.jsonl"
 SUPERSEDED_FILE = "metrics.superseded.jsonl"
@@ -38,9 +40,12 @@ def open_monitor(config: Config, run_dir: Path, enabled: bool) -> Monitor:
         return NullMonitor()
     if not config.monitor.wandb:
         return RunMonitor(run_dir, NullMonitor())
-    from .wandb_run import start_wandb  # here, so that the other ranks load neither wandb nor matplotlib
+    from .wandb_run import FINISH_SECONDS, end_service, start_wandb  # here, so that other ranks load no matplotlib
 
-    return RunMonitor(run_dir, start_wandb(config, run_dir))
+    longest = min(FINISH_SECONDS, config.run.timeout_seconds / 2)  # the other ranks wait for this one
+    return RunMonitor(
+        run_dir, QueuedMonitor(lambda: start_wandb(config, run_dir), get_logger(), longest, abandon=end_service)
+    )
 
 
 class RunMonitor:
@@ -90,9 +95,9 @@ class RunMonitor:
         """Pass final figures on (summary.json is their plain copy)."""
         self.client.summary(values)
 
-    def artifact(self, folder: Path, name: str, kind: str) -> None:
+    def artifact(self, folder: Path, name: str, kind: str, facts: Mapping[str, Any] | None = None) -> None:
         """Pass a folder on."""
-        self.client.artifact(folder, name, kind)
+        self.client.artifact(folder, name, kind, facts)
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the file and the client."""

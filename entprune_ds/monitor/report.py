@@ -13,6 +13,7 @@ from pathlib import Path
 from .. import __version__
 from ..atomic import write_bytes
 from . import plots
+from .activity_section import activity_section
 from .decision_section import decision_section
 from .html import Markup, facts, figure, joined, page, table, tag
 from .numbers import sensible
@@ -65,6 +66,7 @@ def render(run: RunFolder) -> bytes:
         samples_section(run.samples, problems),
         _training(run, problems),
         _pruning(run),
+        activity_section(run),
         quality_section(run),
         _reproduce(run),
     ]

@@ -1,10 +1,12 @@
 """The one Weights & Biases run of a training run, kept through every resume and every resize.
 
-Monitoring never stops training: whatever the client reports becomes a warning, and metrics.jsonl goes on.
+Monitoring never stops training: whatever the client reports becomes a warning, and metrics.jsonl goes on. All of this
+runs in the thread of sender.py, so that it never slows training either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import netrc
@@ -17,12 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from ..atomic import write_bytes
 from ..config import Config, to_stored
 from ..logs import get_logger
 from . import plots, tables
 from .files import read_json_lines
 from .interface import Monitor, NullMonitor
+from .lineage import artifact_name, used_artifacts
 from .records import decision_of, decisions_of
 
 if TYPE_CHECKING:
@@ -31,8 +36,12 @@ if TYPE_CHECKING:
 ID_FILE = "wandb_id.txt"
 INIT_SECONDS = 30.0
 """Longest wait for the server at the start; far below the time-out of the process group."""
-FINISH_SECONDS = 60.0
-"""Longest wait for uploads at the end; what is left stays on disk for `wandb sync`."""
+UPLOAD_SECONDS = 60.0
+"""Longest wait of the client for uploads at the end; what is left stays on disk for `wandb sync`."""
+FINISH_SECONDS = 75.0
+"""Longest wait for the client itself at the end."""
+LOWEST_COUNTS = ("train/validation_loss", "train/validation_loss_ema")
+"""Figures whose lowest value the summary shows beside the last."""
 
 
 def start_wandb(config: Config, run_dir: Path) -> Monitor:
@@ -72,7 +81,7 @@ def _init(config: Config, run_dir: Path, mode: Any, retry: bool) -> wandb.Run:
         x_save_requirements=False,
         init_timeout=INIT_SECONDS,
         login_timeout=INIT_SECONDS,
-        finish_timeout=FINISH_SECONDS,
+        finish_timeout=UPLOAD_SECONDS,
     )
     run = wandb.init(
         project=config.monitor.wandb_project,
@@ -88,7 +97,21 @@ def _init(config: Config, run_dir: Path, mode: Any, retry: bool) -> wandb.Run:
     # Our own step axis: W&B's counter only grows, and a resume repeats the steps since the checkpoint.
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
+    for name in LOWEST_COUNTS:
+        run.define_metric(name, step_metric="step", summary="min,last")
     return run
+
+
+def end_service() -> None:
+    """End the client's own process, when it hangs: its exit handler would wait for it for ever."""
+    import wandb
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name() == "wandb-core":
+                child.kill()
+    with contextlib.suppress(Exception):  # what it says of the lost process
+        wandb.teardown()
 
 
 def has_credentials() -> bool:
@@ -167,19 +190,21 @@ class WandbMonitor:
             if self.run is not None:
                 self.run.summary.update(dict(_flat(values, "")))
 
-    def artifact(self, folder: Path, name: str, kind: str) -> None:
-        """Log a folder as an artifact; its files are referred to where they lie, not copied."""
+    def artifact(self, folder: Path, name: str, kind: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Log a folder as an artifact with its lineage; its files are referred to where they lie, not copied."""
         import wandb
 
         with self._tolerant("artifact"):
             if self.run is not None:
-                artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:128], type=kind)
+                for used in used_artifacts(facts or {}) if not self.run.offline else ():
+                    self.run.use_artifact(used)
+                artifact = wandb.Artifact(artifact_name(name), type=kind, metadata=dict(facts or {}))
                 for path in sorted(p for p in folder.rglob("*") if p.is_file()):
                     artifact.add_file(str(path), name=path.relative_to(folder).as_posix(), policy="immutable")
                 self.run.log_artifact(artifact)
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run; waits at most FINISH_SECONDS for uploads."""
+        """Close the run; waits at most UPLOAD_SECONDS for uploads."""
         with self._tolerant("finish"):
             run, self.run = self.run, None
             if run is not None:
