@@ -55,7 +55,7 @@ class ProgressLine:
 
     def __init__(self, title: str, total: int, done: int = 0, seconds: float = 10.0):
         self.title, self.total, self.seconds = title, total, seconds
-        self.start_time, self.start_done, self.last = time.monotonic(), done, time.monotonic()
+        self.shown, self.last = done, time.monotonic()
         self.visible = os.environ.get("RANK", "0") == "0"
         console = Console(stderr=True)
         self.bar: Progress | None = None
@@ -76,8 +76,9 @@ class ProgressLine:
         if self.bar is not None:
             self.bar.update(self.task, completed=done, text=text)
         elif self.visible and (done == self.total or time.monotonic() - self.last >= self.seconds):
-            self.last = time.monotonic()
-            rate = (done - self.start_done) / max(self.last - self.start_time, 1e-9)
+            now = time.monotonic()
+            rate = (done - self.shown) / max(now - self.last, 1e-9)  # of late: a pruning check says nothing about steps
+            self.shown, self.last = done, now
             left = f"{(self.total - done) / rate:.0f} s left" if rate > 0 else "started"
             get_logger().info("%s %d/%d  %s  %s", self.title, done, self.total, text, left)
 
