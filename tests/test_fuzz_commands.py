@@ -180,6 +180,7 @@ def test_all_bad_files_in_all_places(command, places):
         ("export", ["run=" + "a" * 300, "out=x"], "a path cannot be looked at"),
         ("shards", ["source=folder", "src=loop_a", "out=o"], "`data.src`: there is no folder loop_a"),
         ("score", ["run=run_object"], "none of the 1 checkpoints in run_object/checkpoints is intact"),
+        ("score", ["weights=manifest.json_list"], "checkpoint manifest.json_list is damaged: AttributeError"),
         ("score", ["--replay", "config.json_empty"], "decisions.jsonl is missing"),
         ("score", ["--replay", "decisions.jsonl_deep"], "line 1 is damaged (nested too deeply)"),
         ("report", ["a\x1b\nb"], "a\\x1b b is not a folder"),

@@ -106,7 +106,7 @@ def _load(words: list[str], folder: Path | None) -> tuple[Config, Source]:
 def _source(config: Config, run: Path | None) -> Source:
     """Weights of a run's newest checkpoint, of a checkpoint, or of a model of any known format."""
     from entprune_ds.comm import DistributedError
-    from entprune_ds.engine.checkpoint import find_checkpoint, read_checkpoint
+    from entprune_ds.engine.checkpoint import file_problems, find_checkpoint, read_checkpoint
     from entprune_ds.export import checkpoint_source
     from entprune_ds.interop.weights import opened
 
@@ -120,6 +120,8 @@ def _source(config: Config, run: Path | None) -> Source:
         if checkpoint is not None:
             return checkpoint_source(checkpoint, config.score.weights)
     if (path / "manifest.json").is_file():
+        if damage := file_problems(path):
+            raise ValueError(f"checkpoint {path} is damaged: {damage[0]}. Restore it, or choose another one.")
         return checkpoint_source(read_checkpoint(path), config.score.weights)
     return opened(path, config.model)
 
