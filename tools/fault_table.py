@@ -11,6 +11,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def main(names: list[str]) -> int:
                 failed += 1
                 lines.append([name, "", "", "", "", "FAILED"])
                 print(f"{name}: {problem}", file=sys.stderr)
+                traceback.print_exc()
             print(" | ".join(lines[-1]), flush=True)
     print(table(lines))
     if not names and not failed:

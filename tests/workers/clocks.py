@@ -26,12 +26,12 @@ def stall(words: list[str]) -> int:
 
 
 def jumping_wall_clock() -> None:
-    """Let time.time() leap a month ahead at its 200th call, and a year back at its 400th."""
+    """Let time.time() leap a month ahead at its 20th call, and a year back at its 50th."""
     real, calls = time.time, [0]
 
     def jumping() -> float:
         calls[0] += 1
-        return real() + (0 if calls[0] < 200 else 30 * DAY if calls[0] < 400 else -365 * DAY)
+        return real() + (0 if calls[0] < 20 else 30 * DAY if calls[0] < 50 else -365 * DAY)
 
     time.time = jumping
 
