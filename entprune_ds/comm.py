@@ -72,6 +72,9 @@ def init(timeout_seconds: int) -> bool:
 
     Returns:
         Whether this call joined it; False when the process was in it already.
+
+    Raises:
+        RankError: the port of the rendezvous is taken.
     """
     if dist.is_initialized():
         return False
@@ -84,7 +87,17 @@ def init(timeout_seconds: int) -> bool:
     prepare_environment()
     import deepspeed
 
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        message = (
+            f"port {os.environ['MASTER_PORT']} of this host, where the ranks would meet, is taken by another job. "
+        )
+        raise RankError(
+            message + "Give another: `deepspeed --master_port N ...`, `torchrun --master_port N ...`."
+        ) from error
     if device().type == "cpu":
         _unlink_shared_buffer()
     return True

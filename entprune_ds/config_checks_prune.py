@@ -59,8 +59,8 @@ def pruning_problems(config: Config) -> list[str]:
         found.append(message + "Lower it.")
         return found
     if score.draws % score.batch_size or score.draws < 2 * score.batch_size:
-        message = "`score.batch_size` must divide `score.draws` into at least 2 groups "
-        found.append(message + f"({score.draws}), got {score.batch_size}.")
+        message = f"`score.batch_size` must divide `score.draws` ({score.draws}) and be at most half of it, for the "
+        found.append(f"{message}jackknife, got {score.batch_size}. Lower it, or raise `score.draws`.")
     end = config.train.num_steps if prune.end_step is None else prune.end_step
     if not 0 <= prune.start_step < end <= config.train.num_steps:
         message = "`prune.start_step` < `prune.end_step` <= `train.num_steps` must hold, got "

@@ -40,7 +40,8 @@ def soft_problems(config: Config) -> list[str]:
         found.append(message + f"{soft.start_step}, {end}, {config.train.num_steps}.")
     elif (end - soft.start_step) // soft.every < soft.removals:
         message = f"`soft.removals` ({soft.removals}) needs as many updates, one every {soft.every} steps between "
-        found.append(message + f"{soft.start_step} and {end}. Lower it or `soft.every`.")
+        given = "" if soft.end_step is not None else " (three quarters of the run, as `soft.end_step` is not set)"
+        found.append(message + f"{soft.start_step} and {end}{given}. Lower it or `soft.every`.")
     return found
 
 

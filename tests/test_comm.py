@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
 import pytest
@@ -27,6 +28,19 @@ def test_a_single_process_is_a_job_of_one_rank(alone):
     assert (comm.rank(), comm.world_size(), comm.is_main()) == (0, 1, True)
     comm.barrier()
     comm.shutdown()
+
+
+def test_a_port_that_is_taken_is_named_with_the_remedy(alone, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        group = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in group.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(comm.RankError, match=f"port {port} of this host.* is taken.*--master_port N"):
+            comm.init(timeout_seconds=30)
+    assert not torch.distributed.is_initialized()
 
 
 def test_collectives_of_one_rank_return_what_they_get(alone):

@@ -269,7 +269,7 @@ prune.vote_weights=[2,-1,0]                                -> at least 0
 prune.vote_weights=[1,1]                                   -> must be 3 numbers (NTK, ZiCo, step time), got [1.0, 1.0]
 prune.vote_tolerance=-0.1                                  -> at least 0
 score.batch_size=100 prune.target_depth=4           -> must divide `score.draws`
-score.batch_size=1024 prune.target_depth=4          -> at least 2 groups
+score.batch_size=1024 prune.target_depth=4          -> be at most half of it
 prune.end_step=1001 prune.target_depth=4                   -> `prune.end_step` <= `train.num_steps`
 prune.start_step=1000 prune.target_depth=4                 -> `prune.start_step` < `prune.end_step`
 prune.start_step=-1 prune.target_depth=4                   -> `prune.start_step` < `prune.end_step`

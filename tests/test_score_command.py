@@ -133,7 +133,11 @@ def test_bad_input_is_refused_in_words(export, digits, tmp_path, capsys, monkeyp
         "`data.shards` is empty": [f"weights={export}"],
         "/nowhere is not an exported model": ["weights=/nowhere", data],
         "`score.criteria` must be among": [f"weights={export}", data, "score.criteria=[best]"],
-        "must divide `score.draws` into at least 2 groups": [f"weights={export}", data, "score.draws=100"],
+        "`score.batch_size` must divide `score.draws` (100) and be": [
+            f"weights={export}",
+            data,
+            "score.draws=100",
+        ],
         "`score.weights` must be one of raw, ema": [f"weights={export}", data, "score.weights=mean"],
         "is not a run folder": ["run=/nowhere", data],
         "--replay takes one run folder": ["--replay"],
@@ -221,6 +225,11 @@ def test_a_run_that_waits_and_its_scores_on_two_ranks(digits, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- what is drawn and correlated
+
+
+def test_criteria_that_remove_alike_agree_whichever_end_goes_first():
+    same = {"taylor": {0: 1.0, 1: 2.0, 2: 3.0}, "gradient_flow": {0: 9.0, 1: 5.0, 2: 1.0}}
+    assert rank_correlations(same).kendall == ((1.0, 1.0), (1.0, 1.0))
 
 
 def test_rank_correlations_of_known_orders():

@@ -247,7 +247,7 @@ BAD = [
     ({"eta": 0.2}, "`soft.eta` x `soft.budget_weight` must be at most 0.5, got 1.6"),
     ({"threshold": 1.0}, "`soft.threshold` must lie between 0 and 1"),
     ({"end_step": 100}, "`soft.start_step` < `soft.end_step` < `train.num_steps` must hold, got 0, 100, 100"),
-    ({"every": 40}, "`soft.removals` (4) needs as many updates, one every 40 steps between 0 and 75"),
+    ({"every": 40}, "`soft.removals` (4) needs as many updates, one every 40 steps between 0 and 75 (three quarters"),
     ({"target_macs": None}, "`soft.target_macs` or `prune.target_depth` must say how much remains"),
     ({"target_macs": 1.5}, "`soft.target_macs` must lie between 0 and 1, got 1.5"),
     (

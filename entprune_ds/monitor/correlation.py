@@ -11,6 +11,9 @@ from scipy import stats
 FEWEST_BLOCKS = 3
 """Fewer blocks that both have scored say nothing."""
 
+HIGHEST_GO_FIRST = ("gradient_flow",)
+"""Criteria whose highest score goes first; their sign is turned, so that agreeing criteria have a positive rank."""
+
 Matrix = tuple[tuple[float, ...], ...]
 
 
@@ -24,13 +27,14 @@ class Correlations:
 
 
 def rank_correlations(scores: Mapping[str, Mapping[int, float]]) -> Correlations:
-    """Spearman's rho and Kendall's tau (b: ties count half) between every two criteria. Pure.
+    """Spearman's rho and Kendall's tau (b: ties count half) between every two criteria, by what goes first. Pure.
 
     Args:
         scores: {criterion: {block: score}}; blocks whose score is not finite are left out of its pairs. Criteria with
             fewer than FEWEST_BLOCKS finite scores are left out altogether.
     """
-    finite = {name: {b: v for b, v in found.items() if math.isfinite(v)} for name, found in scores.items()}
+    signs = {name: -1 if name in HIGHEST_GO_FIRST else 1 for name in scores}
+    finite = {n: {b: signs[n] * v for b, v in found.items() if math.isfinite(v)} for n, found in scores.items()}
     names = tuple(name for name, found in finite.items() if len(found) >= FEWEST_BLOCKS)
     pairs = [[_pair(finite[a], finite[b]) for b in names] for a in names]
     spearman, kendall = (tuple(tuple(pair[k] for pair in row) for row in pairs) for k in (0, 1))
