@@ -193,6 +193,7 @@ def test_a_service_that_hangs_neither_slows_the_run_nor_its_end(wandb_home, monk
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.full
 def test_offline_folders_of_a_resumed_run_sync_as_one_run(wandb_home, monkeypatch):  # noqa: F811
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = write_run(wandb_home / "run", [decision_row(step=3)])

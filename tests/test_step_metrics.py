@@ -124,7 +124,7 @@ def test_norms_are_the_same_at_any_sharding():
 
 
 def test_waiting_for_a_late_rank_is_communication_of_the_other():
-    cases = [("zero1_fp32", 1, 1), ("zero3_fp32", 1, 1), ("zero1_fp32", 2, 1), ("zero1_fp32", 2, 8)]
+    cases = [("zero1_fp32", 1, 1), ("zero3_fp32", 1, 1), ("zero1_fp32", 2, 4)]
     late = 0.3
     found = run_ranks("tests.workers.step_metrics:split", 2, cases=cases, late=late)
     for case, in_time, behind in zip(cases, *found, strict=True):
@@ -169,6 +169,7 @@ def test_monitoring_changes_nothing_and_says_everything(digits, tmp_path):
     assert not [k for row in quiet_rows for k in row if "block_" in k or k == "train/mfu"]
 
 
+@FULL
 def test_a_pipeline_tells_its_bubble(digits, tmp_path):
     common = ["train.num_steps=4", "prune.target_depth=null", "train.validate_every=0", "parallel.pipe_stages=2"]
     runs = [words(digits, tmp_path, f"micro_{n}", *common, f"train.micro_batch_size={n}") for n in (1, 16)]
