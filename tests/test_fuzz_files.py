@@ -234,3 +234,10 @@ def test_a_manifest_that_does_not_fit_is_one_error(change, whole):
                 assert "its manifest does not fit" in check("score run=run data.shards=")
         finally:
             write(root / name, held[name])
+
+
+@pytest.mark.parametrize("change", [{"zero_optimization": {"reduce_bucket_size": None}}, {"data_types": [1]}])
+def test_parts_of_a_deepspeed_file_that_are_of_another_kind(change, whole):
+    with inside(whole[0]):
+        write(whole[0] / "odd.json", change)
+        assert "`parallel.ds_config`: odd.json: " in check("train parallel.ds_config=odd.json")

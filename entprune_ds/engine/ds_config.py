@@ -46,11 +46,15 @@ def read_ds_config(config: Config) -> dict[str, Any]:
         raise ValueError(f"`parallel.ds_config`: {path} is not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise ValueError(f"`parallel.ds_config`: {path} must hold a JSON object.")
-    sections = {name: values.get(name, {}) for name in ("zero_optimization", "bf16", "fp16")}
+    sections = {name: values.get(name, {}) for name in ("zero_optimization", "bf16", "fp16", "data_types")}
     wrong = [name for name, section in sections.items() if not isinstance(section, dict)]
     if wrong:
         raise ValueError(f"`parallel.ds_config`: {path}: {', '.join(wrong)} must be a JSON object.")
     zero = values["zero_optimization"] = dict(sections["zero_optimization"])
+    bucket = zero.get("reduce_bucket_size", 1)
+    if not isinstance(bucket, (int, float)) or not 1 <= bucket < 2**63:
+        message = f"`parallel.ds_config`: {path}: zero_optimization.reduce_bucket_size must be a number of elements, "
+        raise ValueError(f"{message}got {bucket!r}. Correct it, or take it out.")
     if config.parallel.zero_stage is not None:
         zero["stage"] = config.parallel.zero_stage
     problem = _unsupported(values, zero, zero.setdefault("stage", 0))
