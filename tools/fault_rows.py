@@ -122,10 +122,10 @@ def kill_rank(bench: Bench) -> Row:
 
 def stop_rank(bench: Bench) -> Row:
     """One rank stands still and keeps all its connections."""
-    trial = bench.trial("stop_rank", "run.timeout_seconds=30")
+    trial = bench.trial("stop_rank", "run.timeout_seconds=60")
     strike = lambda: os.kill(trial.ranks[1], signal.SIGSTOP)  # noqa: E731
-    says = r"made no progress for 30 s .*Stacks of all threads: .*rank_00000\.txt"
-    then = "the other rank leaves its stacks and ends after run.timeout_seconds=30; the same command resumes"
+    says = r"made no progress for 60 s .*Stacks of all threads: .*rank_00000\.txt"
+    then = "the other rank leaves its stacks and ends after run.timeout_seconds=60; the same command resumes"
     row = struck(trial, bench.whole, "SIGSTOP to rank 1", strike, says, then)
     assert "in one_step" in (trial.run / "stacks" / "rank_00000.txt").read_text()
     return row
