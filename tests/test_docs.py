@@ -120,7 +120,7 @@ def test_the_commands_of_a_document_have_settings_presets_and_names_that_exist(p
         for module in (w for w in words if w.startswith("entprune_ds.")):
             assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file(), words
         for key, _, value in (w.partition("=") for w in words if re.match(r"[a-z]+\.[a-z_0-9]+=", w)):
-            assert key in SETTINGS or key.startswith("evaluate."), words
+            assert key in SETTINGS, words
             assert value != "" or key == "data.shards", words
         for name in (w.removeprefix("preset=") for w in words if w.startswith("preset=")):
             assert name in ("...", "NAME") or name.endswith(".yaml") or (PRESETS / f"{name}.yaml").is_file(), words
@@ -132,7 +132,6 @@ def test_what_a_document_says_in_running_text_about_settings_is_a_setting():
         for name in re.findall(r"`([a-z]+\.[a-z_]+)(?:=[^`]*)?`", path.read_text()):
             known = (
                 name in SETTINGS
-                or name.startswith("evaluate.")
                 or name.split(".")[0] not in sections
                 or (ROOT / "entprune_ds" / name).exists()
             )
