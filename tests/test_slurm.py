@@ -53,7 +53,7 @@ class Job:
     def wait(self, timeout: float = 240) -> tuple[str, str]:
         """(state, exit code) of the job when it has ended."""
         end = time.monotonic() + timeout
-        while (facts := self.facts())["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+        while (facts := self.facts())["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING"):
             assert time.monotonic() < end, f"job is {facts['JobState']}: {facts['Reason']}\n{self.text()}"
             time.sleep(0.1)
         return facts["JobState"], facts["ExitCode"]

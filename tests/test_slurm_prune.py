@@ -43,7 +43,8 @@ def send(job: Job, *command: str) -> None:
 def start_again(job: Job, restarts: int, seconds: float = 240) -> None:
     """Wait until the job is requeued, and make five seconds of the two minutes that Slurm lets it wait."""
     until(lambda: job.facts()["Restarts"] == str(restarts) and job.facts()["JobState"] == "PENDING", job, seconds)
-    subprocess.run(["scontrol", "update", f"JobId={job.id}", "StartTime=now+5"], env=job.slurm, check=True, timeout=60)
+    later = ["StartTime=now+5", "TimeLimit=60"]  # and with all its time, whatever a test has left of it
+    subprocess.run(["scontrol", "update", f"JobId={job.id}", *later], env=job.slurm, check=True, timeout=60)
 
 
 def behaving(slurm: dict[str, str], folder: Path, behave: str, **more: str) -> Job:
