@@ -130,11 +130,7 @@ def test_what_a_document_says_in_running_text_about_settings_is_a_setting():
     sections = {s.name for s in dataclasses.fields(Config)}
     for path in OURS:
         for name in re.findall(r"`([a-z]+\.[a-z_]+)(?:=[^`]*)?`", path.read_text()):
-            known = (
-                name in SETTINGS
-                or name.split(".")[0] not in sections
-                or (ROOT / "entprune_ds" / name).exists()
-            )
+            known = name in SETTINGS or name.split(".")[0] not in sections or (ROOT / "entprune_ds" / name).exists()
             assert known, (path.name, name)
 
 

@@ -6,6 +6,7 @@ As in the report of one run, figures appear only where they were measured.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def build_comparison(folders: Sequence[Path], out: Path) -> Path:
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """A name for every folder: its own, with as many folders above it as tell it from the others."""
-    paths = [folder.resolve().parts for folder in folders]
+    paths = [Path(os.path.realpath(folder)).parts for folder in folders]  # a loop of links too
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-depth:]) for parts in paths]
         if len(set(names)) == len(names):
