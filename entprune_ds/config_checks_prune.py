@@ -64,7 +64,7 @@ def pruning_problems(config: Config) -> list[str]:
     end = config.train.num_steps if prune.end_step is None else prune.end_step
     if not 0 <= prune.start_step < end <= config.train.num_steps:
         message = "`prune.start_step` < `prune.end_step` <= `train.num_steps` must hold, got "
-        found.append(message + f"{prune.start_step}, {end}, {config.train.num_steps}.")
+        found.append(message + f"{prune.start_step}, {end}, {config.train.num_steps}. Lower the first two.")
     elif end - prune.start_step < prune.num_checks:
         message = f"`prune.num_checks` ({prune.num_checks}) needs as many steps of pruning phase, "
         found.append(message + f"got {end - prune.start_step}.")

@@ -59,7 +59,9 @@ def _too_few_draws(config: Config, of_sweep: tuple[str, ...]) -> list[str]:
         message = f"`prune.criterion` ced_abs needs more than the one entropy that `score.estimator` {score.estimator} "
         found.append(message + "gives: nothing can cancel. Set prune.criterion=ced, or score.timestep_buckets.")
     if score.until == "resolved" and score.max_draws < score.draws:
-        found.append(f"`score.max_draws` must be at least `score.draws` ({score.draws}), got {score.max_draws}.")
+        found.append(
+            f"`score.max_draws` must be at least `score.draws` ({score.draws}), got {score.max_draws}. Raise it."
+        )
     if score.until == "resolved" and config.prune.criterion not in of_sweep:
         message = f"`score.until` resolved is of the sweep, on which `prune.criterion` {config.prune.criterion} "
         remedy = f"Set score.until=draws, or choose one of {', '.join(of_sweep)}."

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig, digest
-from entprune_ds.diffusion.objective import Draws
+from entprune_ds.diffusion.objective import Draws, build_objective
 from entprune_ds.estimate_teacher import teacher_dtype
 from entprune_ds.interop.finite import non_finite, non_finite_problem
 from entprune_ds.interop.source import Source, architecture
@@ -219,7 +219,7 @@ def open_teacher(config: Config, training_dtype: torch.dtype) -> tuple[Teacher, 
     """The teacher of a run and the digest of its architecture and weights. Collective.
 
     Raises:
-        DistributedError: on all ranks, when one cannot read it, or it holds NaN or infinite values.
+        DistributedError: on all ranks, when one cannot read it, or it holds NaN or infinite values, or gives them.
     """
     path, error, counts = teacher_path(config), None, []
     try:
@@ -236,4 +236,26 @@ def open_teacher(config: Config, training_dtype: torch.dtype) -> tuple[Teacher, 
     known = digest([architecture(source.model), {name: text for name, (text, _) in read.items()}])
     comm.assert_same_on_all_ranks(known, "the teacher (`distill.teacher`)")
     dtype = teacher_dtype(config, training_dtype)
-    return Teacher(source, dtype, config.distill.placement == "sharded"), known
+    teacher = Teacher(source, dtype, config.distill.placement == "sharded")
+    _try_out(teacher, config, path)
+    return teacher, known
+
+
+def _try_out(teacher: Teacher, config: Config, path: Path) -> None:
+    """One lesson before anything is removed: finite weights can overflow. Collective.
+
+    Raises:
+        DistributedError: on all ranks, when the output is not finite.
+    """
+    model = teacher.config
+    zeros = torch.zeros(2, model.in_channels, model.input_size, model.input_size)
+    labels = torch.zeros(2, dtype=torch.int64)
+    objective = build_objective(model, config.diffusion)
+    draws = objective.make_draws(zeros, labels, range(2), seed=config.run.seed, purpose="teacher", step=0)
+    [lesson] = teacher.outputs([draws], {}, True)
+    assert lesson.prediction is not None
+    error = None
+    if not lesson.prediction.isfinite().all():
+        error = f"`distill.teacher` ({path}) gives NaN or infinite output in {teacher.dtype}, though its weights are "
+        error += "finite. Give another teacher, or leave distillation out (distill.kind=none)."
+    comm.raise_together(error)

@@ -267,7 +267,14 @@ def examples_of(config: Config, check: int) -> Examples:
 
 
 def conclude(run: Run) -> None:
-    """Last checkpoint, validation and samples. Collective."""
+    """Last checkpoint, validation and samples. Collective.
+
+    Raises:
+        DistributedError: no step of the run counted (loss_guard.py), so that there is nothing to hand over.
+    """
+    if run.step and run.guard.skipped >= run.step:
+        message = f"none of the {run.step} steps counted: {run.guard.reason}. Nothing is handed over. "
+        raise comm.DistributedError(message + "Look at the data and the weights, or lower train.learning_rate.")
     checkpoint(run)  # first: whatever happens to the rest, the training is done
     run.stream.close()
     validate(run)

@@ -188,3 +188,10 @@ def test_impossible_settings_are_refused(tmp_path):
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": offload}}))
     with pytest.raises(ValueError, match="nor left out of a bad step"):
         read_ds_config(load_config(["preset=digits", f"parallel.ds_config={path}"]))
+
+
+def test_a_run_of_which_no_step_counts_hands_nothing_over(digits, tmp_path):
+    data, _ = poisoned(digits, tmp_path, [1, 2])
+    with pytest.raises(RankFailure, match=r"none of the 2 steps counted: the loss is nan\. Nothing is handed over"):
+        run_ranks(TRAIN, 1, runs=[words(data, tmp_path, "run", *PLAIN, "train.num_steps=2")])
+    assert not (tmp_path / "run" / "model").exists()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from entprune_ds.cli import compare_row, compare_worker, evaluate
+from entprune_ds.cli import compare_row, compare_worker, evaluate_inputs
 from entprune_ds.cli.compare import main
 from entprune_ds.cli.compare_base import base_config, base_path, other_base
 from entprune_ds.cli.compare_metrics import check_seconds, damage, equal_step, spent, validation_losses
@@ -660,7 +660,7 @@ def test_impossible_comparisons_are_refused_with_all_problems(digits, tmp_path, 
         replace(index, num_classes=5)
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(evaluate, "extractor_problem", lambda index: "made for digits.")
+        patched.setattr(evaluate_inputs, "extractor_problem", lambda index: "made for digits.")
         assert refusal(capsys, *data, "target_depth=4") == [
             "error: `data.shards`: made for digits. Compare there by the validation losses of single runs."
         ]

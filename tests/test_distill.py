@@ -251,6 +251,11 @@ def test_a_teacher_that_cannot_teach_is_refused_with_what_differs(teacher, tmp_p
     broken = str(write_export(tmp_path / "broken", broken))
     with pytest.raises(comm.DistributedError, match=r"1 NaN or infinite values.*blocks\.2\.mlp\.fc1\.bias"):
         open_teacher(replace(config, distill=replace(config.distill, teacher=broken)), torch.float32)
+    huge = random_source(MODEL)
+    huge.read("final_layer.linear.weight").fill_(3e38)
+    huge = str(write_export(tmp_path / "huge", huge))
+    with pytest.raises(comm.DistributedError, match=r"huge\) gives NaN or infinite output in torch.float32, though"):
+        open_teacher(replace(config, distill=replace(config.distill, teacher=huge)), torch.float32)
     from_ema = replace(config, model=replace(MODEL, weights=teacher), distill=DistillConfig(kind="output", start=0))
     assert teacher_problems(from_ema) == []
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from entprune_ds.cli import export, import_, sample
+from entprune_ds.cli import drawing, export, import_, sample
 from entprune_ds.config import DiffusionConfig
 from entprune_ds.interop.safetensors import write_export
 from entprune_ds.interop.source import Source
@@ -202,7 +202,7 @@ def test_an_output_that_cannot_be_written_is_refused(official, ours, tmp_path, c
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_sampling(ours, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "draw", lambda *_: pytest.fail("it has begun to sample"))
+    monkeypatch.setattr(drawing, "open_drawer", lambda *_: pytest.fail("it has begun to sample"))
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "000000.png").write_text("")

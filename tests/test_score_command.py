@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -30,7 +33,7 @@ from entprune_ds.ranking import measuring
 from entprune_ds.rng import generator_for
 from entprune_ds.scoring import score_model
 from entprune_ds.trainer import examples_of
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.test_monitor import decision_row, picture
 from tests.test_training import words
 
@@ -174,6 +177,28 @@ def test_a_diffusion_model_is_scored_without_a_preset(digits, tmp_path):
     place = [f"weights={tmp_path}/dit", f"data.shards={digits}/train", f"out={tmp_path}/scores", *SETTINGS]
     assert main([*place, "score.criteria=[loss,magnitude_l1]"]) == 0
     assert set(scored(tmp_path / "scores")["criteria"]) == {"loss", "magnitude_l1"}
+
+
+@pytest.mark.full
+def test_launched_ranks_score_the_newest_checkpoint_of_a_run(digits, tmp_path):
+    assert run_ranks("tests.workers.training:train", 1, runs=[words(digits, tmp_path, "run")]) == [[0]]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["-m", "entprune_ds.cli.score", f"run={tmp_path}/run", *SETTINGS, "score.criteria=[taylor,magnitude_l1]"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(scored(tmp_path / "run" / "scores")["criteria"]) == {"taylor", "magnitude_l1"}
+
+
+def test_a_model_with_nan_is_refused_and_what_says_nothing_is_no_success(export, digits, tmp_path, capsys):
+    place = [f"data.shards={digits}/train", f"out={tmp_path}/scores", *SETTINGS]
+    assert main([*place, f"weights={export}", "score.criteria=[explicit]"]) == 1
+    shapes = parameter_shapes(MODEL)
+    write_export(
+        tmp_path / "nan", Source(MODEL, lambda n: torch.full(shapes[n], math.nan), {"weights": "ema", "step": 0})
+    )
+    assert main([*place, f"weights={tmp_path}/nan"]) == 2
+    assert "NaN or infinite values" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -200,7 +200,7 @@ def test_the_benchmark_of_monitoring_measures_pairs(tmp_path):
 
 
 def test_every_metric_of_a_step_is_explained():
-    text = (ROOT / "docs" / "metrics.md").read_text()
+    text = (ROOT / "docs" / "METRICS.md").read_text()
     names = [f"train/seconds_{name}" for name in (*PARTS, "other")]
     names += ["train/mfu", "train/bubble_share", *memory(), *(f"train/{name}/block_NN" for name in BlockNorms._fields)]
     assert [name for name in names if f"`{name}`" not in text] == []

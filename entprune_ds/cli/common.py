@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,11 +89,20 @@ def _field_docs() -> dict[str, dict[str, str]]:
     return docs
 
 
+REFUSAL_SECONDS = 5.0
+"""Time that a refusing node gives its first rank to say why."""
+
+
 def refuse(problems: list[str]) -> int:
-    """Print every problem on its own line, once per node of a launched job; returns the exit status 2."""
+    """Print every problem on its own line, once per node of a launched job; returns the exit status 2.
+
+    The other ranks of the node wait a little: a launcher ends all as soon as one leaves, also the one that speaks.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in problems:
-            print(f"error: {redacted(one_line(problem))}", file=sys.stderr)
+            print(f"error: {redacted(one_line(problem))}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(REFUSAL_SECONDS)
     return 2
 
 

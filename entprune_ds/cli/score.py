@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,16 @@ from entprune_ds.cli.common import (
     wants_help,
     with_run,
 )
-from entprune_ds.config import Config, ConfigError, PruneConfig, SampleConfig, SoftConfig, load_config, problems_of
+from entprune_ds.config import (
+    Config,
+    ConfigError,
+    PruneConfig,
+    RunConfig,
+    SampleConfig,
+    SoftConfig,
+    load_config,
+    problems_of,
+)
 from entprune_ds.config_checks import SAMPLERS
 from entprune_ds.config_methods import SWEEP_CRITERIA
 
@@ -48,7 +57,7 @@ WHERE = "Give a model, weights=DIR (an export, a checkpoint, official weights), 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status (0 done, 1 a decision differs, 2 refused)."""
+    """Run the command; returns 0 done, 1 a decision differs or no criterion says anything, 2 refused."""
     words, _ = launched_words(argv)
     if wants_help(words):
         print(help_text(HELP, SECTIONS))
@@ -57,12 +66,26 @@ def main(argv: list[str] | None = None) -> int:
         if "--replay" in words:
             return _replay([word for word in words if word != "--replay"])
         words, folder = with_run(split_shortcuts(words, SHORTCUTS), "score")
+        leave_group = _join()  # first: all ranks look for the newest checkpoint together
         config, source = _load(words, folder)
-        return _score(config, source, Path(config.score.out or (folder or Path()) / "scores"))
+        status = _score(config, source, Path(config.score.out or (folder or Path()) / "scores"))
+        leave_group()
+        return status
     except ConfigError as error:
         return refuse(error.problems)
     except (ValueError, OSError) as error:
         return refuse([str(error)])
+
+
+def _join() -> Callable[[], None]:
+    """Join the ranks of a launcher, where there is one; returns what leaves them again."""
+    if "RANK" not in os.environ:
+        return lambda: None
+    from entprune_ds import comm
+    from entprune_ds.cli.train import limit_threads
+
+    limit_threads()
+    return comm.shutdown if comm.init(RunConfig().timeout_seconds) else lambda: None
 
 
 def _load(words: list[str], folder: Path | None) -> tuple[Config, Source]:
@@ -131,16 +154,15 @@ def _score(config: Config, source: Source, out: Path) -> int:
     import torch
 
     from entprune_ds import comm
-    from entprune_ds.cli.train import limit_threads
     from entprune_ds.importance.criteria import CRITERIA
     from entprune_ds.importance.parts import ModuleParts
+    from entprune_ds.interop.finite import check_finite
     from entprune_ds.interop.source import loaded_model
     from entprune_ds.ranking import measuring
     from entprune_ds.scoring import score_model
     from entprune_ds.trainer import examples_of
 
-    limit_threads()
-    joined = comm.init(config.run.timeout_seconds) if "RANK" in os.environ else False
+    check_finite(source, f"`model.weights` ({config.model.weights})")
     model = loaded_model(source).to(comm.device())
     parts = ModuleParts(model, getattr(torch, config.score.dtype))
     leaving = len(source.model.blocks) - (config.prune.target_depth or 0)
@@ -152,9 +174,7 @@ def _score(config: Config, source: Source, out: Path) -> int:
         _show(result)
         _write(result, out)
         print(f"scores: {out / 'scores.json'}, {out / 'scores.html'}")
-    if joined:
-        comm.shutdown()
-    return 0
+    return int(all(measured.order is None for measured in scored.criteria.values()))
 
 
 def _as_json(scored: Scored, config: Config, source: Source, ranks: int) -> dict[str, Any]:
