@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from entprune_ds.config import PruneConfig
 from entprune_ds.importance.criteria import Criterion, find_criterion
 from entprune_ds.user_criterion import guarded
+from entprune_ds.user_file import object_of_file
 
 
 def chosen_criterion(prune: PruneConfig) -> Criterion:
@@ -27,16 +27,5 @@ def load_criterion(path: Path) -> Criterion:
     Raises:
         ValueError: when the file cannot be run, or defines no CRITERION.
     """
-    spec = importlib.util.spec_from_file_location(f"user_criterion_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"`prune.criterion`: {path} cannot be run ({why}). Correct it.") from error
-    criterion = vars(module).get("CRITERION")
-    if not isinstance(criterion, Criterion):
-        message = f"`prune.criterion`: {path} must define CRITERION = Criterion(...), got {criterion!r}. "
-        raise ValueError(message + "docs/CRITERIA.md has an example.")
-    return guarded(path, criterion)
+    found = object_of_file(path, "CRITERION", Criterion, "prune.criterion", "docs/CRITERIA.md shows")
+    return guarded(path, found)

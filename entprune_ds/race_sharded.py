@@ -13,8 +13,9 @@ import torch
 from entprune_ds import comm
 from entprune_ds.config import Config, ModelConfig
 from entprune_ds.diffusion.objective import Draws
-from entprune_ds.engine.build import Engine, build_engine, destroy_engine, train_step
+from entprune_ds.engine.build import Engine, build_engine, destroy_engine
 from entprune_ds.engine.ds_config import stages_at
+from entprune_ds.engine.train_step import train_step
 from entprune_ds.engine.transfer import ParkedPiece, Range, fill, park
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.pruning.halving import KeepSet

@@ -18,7 +18,8 @@ from torch import Tensor
 from entprune_ds import comm
 from entprune_ds.config import Config, DistillConfig
 from entprune_ds.diffusion.objective import Draws, Objective
-from entprune_ds.engine.build import Engine, train_step
+from entprune_ds.engine.build import Engine
+from entprune_ds.engine.train_step import train_step
 from entprune_ds.logs import get_logger
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.teacher import Teacher, first_step, matching, open_teacher, teacher_path

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from entprune_ds import comm
-from entprune_ds.atomic import write_text
-from entprune_ds.config import Config, ModelConfig, to_stored, to_yaml
+from entprune_ds.config import Config, ModelConfig, to_stored
 from entprune_ds.data.stream import Stream, merge_states
 from entprune_ds.diffusion.objective import Draws, Objective, build_objective
 from entprune_ds.engine.balance import Cut
@@ -28,22 +25,20 @@ from entprune_ds.engine.checkpoint import (
 from entprune_ds.engine.ds_config import stages_at
 from entprune_ds.engine.layer_costs import LayerCosts, costs_as_json, costs_from_json
 from entprune_ds.engine.state import Piece, write_state
-from entprune_ds.environment import environment, launch_command
-from entprune_ds.faults import check_space
 from entprune_ds.interop.finite import non_finite, non_finite_problem
 from entprune_ds.interop.weights import opened
 from entprune_ds.logs import get_logger
 from entprune_ds.loss_guard import LossGuard
-from entprune_ds.models.registry import count_parameters
 from entprune_ds.monitor.interface import Monitor
-from entprune_ds.monitor.metrics import metrics_size, open_monitor, rewind_metrics
+from entprune_ds.monitor.metrics import metrics_size
 from entprune_ds.preflight import validation_spec
 from entprune_ds.pruning.decision import PruneDecision
 from entprune_ds.pruning.schedule import planned_checks
 from entprune_ds.pruning.soft_mask import SoftState
 from entprune_ds.pruning.trend import Validation, validations_from
 from entprune_ds.recovery import PlainRecovery, Recovery, open_recovery
-from entprune_ds.rollback import roll_back, rollback_done
+from entprune_ds.rollback import roll_back
+from entprune_ds.run_files import open_folder, write_decisions
 from entprune_ds.soft_pruning import open_soft
 
 log = get_logger()
@@ -180,40 +175,6 @@ def reopen_stream(run: Run, state: dict[str, Any]) -> None:
     run.stream.load_state(state)
 
 
-def open_folder(
-    config: Config, arguments: list[str], step: int, decisions: list[PruneDecision], metrics_bytes: int
-) -> Monitor:
-    """Write config.yaml and env.json, move aside what the checkpoint does not know, and open the monitor (rank 0)."""
-    folder, error, monitor = config.run_dir, None, open_monitor(config, config.run_dir, enabled=False)
-    if comm.is_main():
-        try:
-            error = check_space(folder, needed_bytes=2 * 16 * count_parameters(config.model))
-            data = replace(config.data, allow_pipe=False)  # counts for one command line, not for who reads the folder
-            prune = replace(config.prune, rollback=rollback_done(config))
-            write_text(folder / "config.yaml", to_yaml(replace(config, data=data, prune=prune)))
-            command = launch_command(arguments, comm.world_size())
-            write_text(folder / "env.json", json.dumps(environment(config, comm.world_size(), command), indent=2))
-            for unfinished in (folder / "checkpoints").glob(".writing_*"):
-                shutil.rmtree(unfinished)
-            rewind_metrics(folder, step, metrics_bytes)
-            rewind_samples(folder / "samples", step)
-            write_decisions(folder / "decisions.jsonl", decisions)
-            monitor = open_monitor(config, folder, enabled=True)
-        except OSError as problem:
-            error = f"run folder {folder} cannot be written: {problem}. Free space or choose another `run.root`."
-    comm.raise_together(error)
-    return monitor
-
-
-def rewind_samples(folder: Path, step: int) -> None:
-    """Move pictures of later steps, and of the check at this one, to `superseded`: they show what is left behind."""
-    for picture in folder.glob("step_*.png"):
-        number = picture.name.split("_")[1].removesuffix(".png")
-        if number.isdecimal() and (int(number) > step or (int(number) == step and "_check_" in picture.name)):
-            (folder / "superseded").mkdir(exist_ok=True)
-            picture.replace(folder / "superseded" / picture.name)
-
-
 def load_weights(engine: Engine, path: Path, model: ModelConfig) -> None:
     """Fill a new engine from a model of any known format: zero moments, EMA equal to the weights. Collective.
 
@@ -291,14 +252,3 @@ def record_decision(run: Run, decision: PruneDecision) -> None:
     if comm.is_main():
         write_decisions(run.folder / "decisions.jsonl", run.decisions)
     run.monitor.decision(decision.to_json())
-
-
-def write_decisions(path: Path, decisions: list[PruneDecision]) -> None:
-    """Write decisions.jsonl; lines that a resume has left behind move to decisions.superseded.jsonl."""
-    lines = [json.dumps(d.to_json(), allow_nan=False) for d in decisions]
-    old = path.read_text().splitlines() if path.is_file() else []
-    aside = [line for line in old if line not in lines]
-    if aside:
-        with open(path.with_name("decisions.superseded.jsonl"), "a") as file:
-            file.write("\n".join(aside) + "\n")
-    write_text(path, "".join(line + "\n" for line in lines))

@@ -18,9 +18,7 @@ import argparse
 import json
 import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +29,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.local_ranks import on_ranks  # noqa: E402
+
 WORLD_SIZE = 2
 TINY = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "train.global_batch_size=16"]
 
@@ -173,30 +175,6 @@ def bootstrap(values: list[float], draws: int = 2000) -> list[float]:
     return [medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]]
 
 
-def job(folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run `measure` on all ranks; what rank 0 returned."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    processes = []
-    for rank in range(WORLD_SIZE):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "MASTER_PORT": str(port),
-            "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder]
-        with open(f"{folder}/log_{rank}", "w") as log:
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-    try:
-        codes = [p.wait(1800) for p in processes]
-    finally:  # of ranks that wait for a dead one
-        for process in processes:
-            process.kill()
-    if any(codes):
-        raise RuntimeError("\n".join(Path(f"{folder}/log_{r}").read_text()[-3000:] for r in range(WORLD_SIZE)))
-    return json.loads(Path(folder, "result").read_text())
-
-
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,7 +196,8 @@ def main() -> int:
         comm.shutdown()
         leave(0)
     with tempfile.TemporaryDirectory() as folder:
-        found = job(folder, options)
+        command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder]
+        found = on_ranks(command, WORLD_SIZE, options.threads, Path(folder, "result"), 1800)
     if options.json:
         print(json.dumps(found))
     else:

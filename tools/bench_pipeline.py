@@ -118,7 +118,7 @@ def round_seconds(engine: Any, config: Any, steps: int) -> tuple[float, float]:
 
     from entprune_ds import comm
     from entprune_ds.diffusion.objective import FlowObjective
-    from entprune_ds.engine.build import train_step
+    from entprune_ds.engine.train_step import train_step
 
     objective, m, batch = FlowObjective(), config.model, config.train.global_batch_size
     generator = torch.Generator().manual_seed(0)

@@ -14,9 +14,7 @@ import argparse
 import itertools
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.local_ranks import on_ranks  # noqa: E402
+
 WORLD_SIZE = 2
 DEPTHS = (28, 24, 21, 17, 14)
 STEPS = 4
@@ -60,7 +62,7 @@ def steps_of(engine: Any, config: Any, count: int) -> list[float]:
     """Train some steps on random data; the wall-clock times at which they ended on the slowest rank."""
     from entprune_ds import comm
     from entprune_ds.diffusion.objective import build_objective
-    from entprune_ds.engine.build import train_step
+    from entprune_ds.engine.train_step import train_step
 
     model, objective = config.model, build_objective(config.model, config.diffusion)
     generator, ends = torch.Generator().manual_seed(engine.dp_rank), []
@@ -121,27 +123,10 @@ def relaunched(config: Any, folder: Path, index: int) -> dict[str, Any]:
 
 def job(arguments: list[str], threads: int) -> dict[str, Any]:
     """Run this file on all ranks; what rank 0 returned."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    processes = []
     with tempfile.TemporaryDirectory() as scratch:
-        for rank in range(WORLD_SIZE):
-            env = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "MASTER_PORT": str(port),
-                "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT),
-            }  # fmt: skip
-            command = [sys.executable, __file__, "--result", f"{scratch}/result", *arguments]
-            with open(f"{scratch}/log_{rank}", "w") as log:
-                processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-        try:
-            codes = [p.wait(600) for p in processes]
-        finally:  # of ranks that wait for a dead one
-            for process in processes:
-                process.kill()
-        if any(codes):
-            raise RuntimeError("\n".join(Path(f"{scratch}/log_{r}").read_text()[-3000:] for r in range(WORLD_SIZE)))
-        return json.loads(Path(f"{scratch}/result").read_text())
+        result = Path(scratch, "result")
+        command = [sys.executable, __file__, "--result", str(result), *arguments]
+        return on_ranks(command, WORLD_SIZE, threads, result, 600)
 
 
 def worker(options: argparse.Namespace) -> None:

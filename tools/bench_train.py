@@ -37,7 +37,8 @@ from entprune_ds.diffusion.ddpm import NUM_TIMESTEPS, noised
 from entprune_ds.diffusion.interpolant import PATHS
 from entprune_ds.diffusion.objective import build_objective
 from entprune_ds.diffusion.sampling import build_sampler
-from entprune_ds.engine.build import build_engine, destroy_engine, initialize_fresh, train_step
+from entprune_ds.engine.build import build_engine, destroy_engine, initialize_fresh
+from entprune_ds.engine.train_step import train_step
 from entprune_ds.models.dit import DiT, initialize
 from entprune_ds.models.registry import SIZES, count_macs, count_parameters, model_config
 

@@ -70,7 +70,7 @@ def cost_of_a_check(engine: Any, model: nn.Module, config: Any, options: argpars
     """The parts of a check in training steps, and the sweep over its floor."""
     from entprune_ds import comm, coordinator, ranking
     from entprune_ds.diffusion.objective import build_objective
-    from entprune_ds.engine.build import train_step
+    from entprune_ds.engine.train_step import train_step
     from entprune_ds.engine.view import ShardedView
 
     objective, half = build_objective(config.model, config.diffusion), options.batch // 2

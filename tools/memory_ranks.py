@@ -94,7 +94,8 @@ def trained(config: Any) -> Any:
     import torch
 
     from entprune_ds.diffusion.objective import build_objective
-    from entprune_ds.engine.build import build_engine, initialize_fresh, train_step
+    from entprune_ds.engine.build import build_engine, initialize_fresh
+    from entprune_ds.engine.train_step import train_step
 
     model = config.model
     engine = build_engine(config, model)

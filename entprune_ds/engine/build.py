@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +20,6 @@ from entprune_ds.engine.layer_costs import LayerCosts, measure_costs
 from entprune_ds.engine.state import Piece, adam_step, pieces_of, write_state
 from entprune_ds.engine.step_guard import StepGuard
 from entprune_ds.engine.step_parts import StepParts
-from entprune_ds.engine.timed_collectives import collectives_of
 from entprune_ds.models.dit import DiT, initial_tensor
 from entprune_ds.models.layers import Block, position_embedding
 from entprune_ds.models.registry import parameter_shapes
@@ -116,7 +114,6 @@ class Engine:
         """One EMA update after an optimizer step."""
         with self.parts.part("optimizer"):
             update_ema(self.ema, self.pieces, ema_decay(decay, self.ema_count))
-        self.parts.steps += 1
         self.ema_count += 1
 
 
@@ -264,42 +261,3 @@ def _forget_stage3(root: torch.nn.Module) -> None:
     for cell in cached.__closure__ or ():  # the cache lies under the decorator that times it
         if isinstance(cell.cell_contents, functools._lru_cache_wrapper):
             cell.cell_contents.cache_clear()
-
-
-def train_step(engine: Engine, micro_batches: list, loss_fn: Any) -> tuple[Tensor, float]:
-    """One optimizer step over the micro-batches of this data-parallel rank, on any topology. Collective.
-
-    Args:
-        micro_batches: diffusion.objective.Draws, as many as accumulation steps; unread in the middle of a pipeline.
-        loss_fn: (prediction, target, t) -> (N,), the loss of a diffusion.objective.Objective; where the draws have a
-            teacher, (prediction, target, t, teacher) -> (N,).
-
-    Returns:
-        Mean loss of this data-parallel rank (a tensor, not synchronised) and the seconds taken.
-    """
-    start = time.perf_counter()
-    with collectives_of(engine.parts):
-        if engine.cut is not None:
-            from entprune_ds.engine.pipeline import train_batch
-
-            total = train_batch(engine.ds, micro_batches, engine.dtype, loss_fn, engine.parts)
-        else:
-            total = _accumulated(engine, micro_batches, loss_fn)
-    return total, time.perf_counter() - start
-
-
-def _accumulated(engine: Engine, micro_batches: list, loss_fn: Any) -> Tensor:
-    """train_step without a pipeline."""
-    total, part = torch.zeros((), device=comm.device()), engine.parts.part
-    engine.batch_loss = total
-    for draws in micro_batches:
-        with part("data"):
-            draws = draws.to(comm.device(), engine.dtype)
-        with part("forward"):
-            loss = loss_fn(engine.ds(draws.z_t, draws.t, draws.labels), *draws.wanted).mean()
-        with part("backward"):
-            engine.ds.backward(loss)
-        total += loss.detach() / len(micro_batches)  # before the step, which may be left out for it
-        with part("optimizer"):
-            engine.ds.step()
-    return total

@@ -24,7 +24,6 @@ returns features (n,D), or a tuple (features, logits).
 
 from __future__ import annotations
 
-import importlib.util
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ import torch
 
 from entprune_ds import comm
 from entprune_ds.atomic import file_sha256
+from entprune_ds.user_file import object_of_file
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,8 @@ def to_float(images: np.ndarray) -> torch.Tensor:
 
 
 def _from_python(path: Path, digest: str) -> ImageExtractor:
-    spec = importlib.util.spec_from_file_location(f"user_extractor_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"`evaluate.extractor`: {path} cannot be run ({why}). Correct it.") from error
-    found = vars(module).get("EXTRACTOR")
-    if not isinstance(found, ImageExtractor):
-        message = f"`evaluate.extractor`: {path} must define EXTRACTOR = ImageExtractor(...), got {found!r}. "
-        raise ValueError(message + "evaluation/extractor.py shows one.")
+    example = "evaluation/extractor.py shows"
+    found = object_of_file(path, "EXTRACTOR", ImageExtractor, "evaluate.extractor", example)
 
     def guarded(images: np.ndarray) -> Extracted:
         try:

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from entprune_ds.config import Config, config_from_dict
 from entprune_ds.diffusion.objective import FlowObjective
-from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh, train_step
+from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh
 from entprune_ds.engine.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from entprune_ds.engine.resize import resize
+from entprune_ds.engine.train_step import train_step
 from entprune_ds.engine.view import gather_full
 from entprune_ds.monitor.interface import NullMonitor
 from entprune_ds.pruning.decision import PruneDecision

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from entprune_ds import comm
 from entprune_ds.config import Config
 from entprune_ds.diffusion.objective import FlowObjective
-from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh, train_step
+from entprune_ds.engine.build import Engine, build_engine, destroy_engine, initialize_fresh
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.state import KEYS, create_adam_state, push_weights
+from entprune_ds.engine.train_step import train_step
 from entprune_ds.engine.view import gather_full
 from entprune_ds.models.dit import DiT, initialize
 from entprune_ds.models.layers import position_embedding

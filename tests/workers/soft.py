@@ -10,10 +10,11 @@ from torch import Tensor
 from entprune_ds import comm
 from entprune_ds.config import Config, ScoreConfig, SoftConfig
 from entprune_ds.diffusion.objective import FlowObjective
-from entprune_ds.engine.build import Engine, build_engine, destroy_engine, train_step
+from entprune_ds.engine.build import Engine, build_engine, destroy_engine
 from entprune_ds.engine.gates import fold_gates, set_gates
 from entprune_ds.engine.resize import resize
 from entprune_ds.engine.state import KEYS, Piece, write_state
+from entprune_ds.engine.train_step import train_step
 from entprune_ds.engine.view import ShardedView, gather_full
 from entprune_ds.models.dit import DiT
 from entprune_ds.rng import generator_for

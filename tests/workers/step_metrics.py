@@ -9,7 +9,8 @@ from pathlib import Path
 from entprune_ds import comm
 from entprune_ds.diffusion.objective import build_objective
 from entprune_ds.engine.block_norms import block_norms
-from entprune_ds.engine.build import build_engine, destroy_engine, initialize_fresh, train_step
+from entprune_ds.engine.build import build_engine, destroy_engine, initialize_fresh
+from entprune_ds.engine.train_step import train_step
 from entprune_ds.engine.view import ShardedView
 from tests.tiny import tiny_config, tiny_draws
 
