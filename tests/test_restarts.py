@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from entprune_ds import restarts
+from entprune_ds.cli.common import REFUSAL_SECONDS
 from entprune_ds.cli.encode import main as encode
+from entprune_ds.cli.evaluate import main as evaluate
+from entprune_ds.cli.sample import main as sample
 from entprune_ds.cli.train import main as train
 from tests.ranks import ROOT, run_ranks
 from tests.test_faults import LAUNCHER, finish, launch, wait_for_step
@@ -90,14 +95,28 @@ LAUNCHES = [
 
 
 @pytest.mark.parametrize(("variables", "said"), LAUNCHES)
-@pytest.mark.parametrize("command", [train, encode])
+@pytest.mark.parametrize("command", [train, encode, sample, evaluate])
 def test_launches_that_cannot_work_are_refused_before_any_work(monkeypatch, capsys, tmp_path, variables, said, command):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    given = [f"run.root={tmp_path}"] if command is train else [f"out={tmp_path}/out", "data.shards=x", "sample.vae=x"]
+    given = [f"run.root={tmp_path}"] if command is train else [f"out={tmp_path}/out"]
+    given += ["data.shards=x", "sample.vae=x"] if command is encode else []
     assert command(given) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusing_rank_leaves_the_first_one_of_its_node_time_to_speak():
+    """A launcher ends all ranks as soon as one has left, and rank 0 may be the last to have read its settings."""
+    command = [sys.executable, "-m", "entprune_ds.cli.train", "preset=none"]
+    said, seconds = [], []
+    for rank in ("0", "1"):
+        start = time.monotonic()
+        done = subprocess.run(command, env=os.environ | RANK | {"LOCAL_RANK": rank}, capture_output=True, text=True)
+        assert done.returncode == 2
+        said.append("error: " in done.stderr)
+        seconds.append(time.monotonic() - start)
+    assert said == [True, False] and seconds[1] >= REFUSAL_SECONDS
 
 
 PDSH = """#!/bin/bash

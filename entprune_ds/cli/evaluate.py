@@ -11,6 +11,7 @@ from typing import Any
 from entprune_ds.cli.common import help_text, launched_words, leave, refuse, split_shortcuts, wants_help, with_run
 from entprune_ds.cli.sample import protocol_path, sampling_problems
 from entprune_ds.config import Config, ConfigError, load_config, problems_of
+from entprune_ds.launcher import launch_problems
 
 HELP = """\
 Measure an exported model: FID, KID (clean-fid's function), sFID, Inception score, precision and recall of its samples
@@ -82,7 +83,7 @@ def _problems(config: Config) -> list[str]:
     from entprune_ds.cli.latency_table import table_problems
     from entprune_ds.preflight import validation_spec
 
-    found, evaluate = table_problems(config), config.evaluate
+    found, evaluate = launch_problems() + table_problems(config), config.evaluate
     if not config.model.weights:
         found += problems_of(config)
         found.append("`model.weights` is missing: give an exported model, weights=DIR or run=RUNS/NAME.")

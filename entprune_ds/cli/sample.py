@@ -14,6 +14,7 @@ import numpy as np
 
 from entprune_ds.cli.common import help_text, launched_words, leave, refuse, split_shortcuts, wants_help, with_run
 from entprune_ds.config import Config, ConfigError, PruneConfig, SoftConfig, load_config, problems_of
+from entprune_ds.launcher import launch_problems
 from entprune_ds.plain_json import parse_json
 
 if TYPE_CHECKING:
@@ -158,10 +159,11 @@ def parts_folder(out: Path) -> Path:
 
 
 def _problems(config: Config) -> list[str]:
+    found = launch_problems()
     if not config.model.weights:
         missing = "`model.weights` is missing: give an exported model, weights=DIR or run=RUNS/NAME."
-        return [*problems_of(config), missing]
-    return sampling_problems(config, Path(config.model.weights))
+        return [*found, *problems_of(config), missing]
+    return found + sampling_problems(config, Path(config.model.weights))
 
 
 def sampling_problems(config: Config, weights: Path, key: str = "model.weights") -> list[str]:
