@@ -89,8 +89,8 @@ def tiny(config: Any) -> Any:
     return replace(config, model=model, train=replace(train, micro_batch_size=2))
 
 
-def trained(config: Any) -> Any:
-    """An engine after STEPS optimizer steps on random data."""
+def trained(config: Any, steps: int = STEPS) -> Any:
+    """An engine after some optimizer steps on random data."""
     import torch
 
     from entprune_ds.diffusion.objective import build_objective
@@ -103,7 +103,7 @@ def trained(config: Any) -> Any:
     objective, count = build_objective(model, config.diffusion), config.train.global_batch_size // engine.dp_size
     latents = torch.randn(count, model.in_channels, model.input_size, model.input_size)
     labels = torch.zeros(count, dtype=torch.long)
-    for step in range(STEPS):
+    for step in range(steps):
         draws = objective.make_draws(latents, labels, range(count), seed=0, purpose="train", step=step)
         train_step(engine, draws.split(config.train.micro_batch_size), objective.loss)
         engine.update_ema(0.9)
@@ -116,15 +116,15 @@ def status(key: str) -> int:
     return 1024 * int(next(line for line in text.splitlines() if line.startswith(f"{key}:")).split()[1])
 
 
-def rank_peak(case: dict[str, Any], folder: str) -> int:
-    """Bytes that this rank's peak lies above the same process after a tiny model. Collective."""
+def rank_peak(case: dict[str, Any], folder: str, steps: int = STEPS) -> int:
+    """Bytes that this rank's peak over some steps lies above the same process after a tiny model. Collective."""
     from entprune_ds.engine.build import destroy_engine
 
     config = config_of(case, folder)
     destroy_engine(trained(tiny(config)))
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    destroy_engine(trained(config))
+    destroy_engine(trained(config, steps))
     return status("VmHWM") - before
 
 
