@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from entprune_ds import comm
+from entprune_ds import comm, fault_points
 from entprune_ds.data.origin import batch_origin
 from entprune_ds.engine.build import destroy_engine
 from entprune_ds.engine.checkpoint import find_checkpoint, step_folders
@@ -109,6 +109,7 @@ def go_back(run: Run) -> None:
     run.monitor.log(run.step, {"train/skipped_steps": guard.skipped, "train/rollbacks": run.guard.rollbacks})
     text = "went back to step %d (roll-back %d of at most %d); the data go on after the bad steps"
     log.warning(text, run.step, run.guard.rollbacks, train.max_rollbacks)
+    fault_points.reach("rollback")
 
 
 def _report(run: Run, first: int) -> str:

@@ -18,6 +18,7 @@ POINTS = {
     "broadcast": "rank 0 has decided, nobody knows it yet",
     "resize": "the old engine is gone, the new one is empty",
     "checkpoint": "the ranks' files are written, the manifest is not",
+    "rollback": "the run has gone back, and is about to train on",
     "latest": "the checkpoint has its name, `latest` names the one before",
 }
 VARIABLE = "ENTPRUNE_WAIT"

@@ -75,23 +75,31 @@ def check_space(folder: Path, needed_bytes: int) -> str | None:
 
 
 @contextmanager
-def watched(seconds: float, folder: Path) -> Iterator[None]:
+def watched(seconds: float, folder: Path, remedy: str = "") -> Iterator[None]:
     """End this process when it makes no progress for `seconds`, or when its launcher is gone.
 
     A hanging peer must not hold the job for ever: the process groups that DeepSpeed makes have time-outs of their own
     (30 minutes), which nothing can set. The stacks of all threads go to a file in the run folder first. What is said
     has LAST_WORDS seconds: the file system may be what hangs.
+
+    Args:
+        seconds: without progress.
+        folder: takes the stacks.
+        remedy: closes what is said; without one it is that of a run whose folder this is.
     """
     done, above = threading.Event(), launchers()
+
+    def remind() -> str:
+        return remedy or _remedy(folder)
 
     def watch() -> None:
         while not done.wait(min(1.0, seconds / 4)):
             gone = first_gone(above)
             if gone is not None:
-                _say(f"rank {comm.rank()} stops: its launcher (process {gone.pid}) is gone. {_remedy(folder)}")
+                _say(f"rank {comm.rank()} stops: its launcher (process {gone.pid}) is gone. {remind()}")
                 _leave(75)
             if comm.seconds_without_progress() > seconds:
-                speaker = threading.Thread(target=_tell_stalled, args=(seconds, folder), daemon=True)
+                speaker = threading.Thread(target=_tell_stalled, args=(seconds, folder, remind()), daemon=True)
                 speaker.start()
                 speaker.join(LAST_WORDS)
                 _leave(75)
@@ -110,7 +118,7 @@ STACKS = "stacks"
 """Folder in the run folder: the stacks of all threads of every rank that stalled, the newest ones."""
 
 
-def _tell_stalled(seconds: float, folder: Path) -> None:
+def _tell_stalled(seconds: float, folder: Path, remedy: str) -> None:
     """Dump the stacks and say where they are."""
     path = folder / STACKS / f"rank_{comm.rank():05d}.txt"
     try:
@@ -123,7 +131,7 @@ def _tell_stalled(seconds: float, folder: Path) -> None:
         where = f"above, for {path} cannot be written: {problem}"
     host = socket.gethostname()
     text = f"rank {comm.rank()} on {host} made no progress for {seconds:.0f} s (run.timeout_seconds): it has lost "
-    _say(text + f"contact with another rank, or hangs itself. Stacks of all threads: {where}. {_remedy(folder)}")
+    _say(text + f"contact with another rank, or hangs itself. Stacks of all threads: {where}. {remedy}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,10 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What a file system without file locks answers."""
 
 
+LEASE_SECONDS = 100.0
+"""Longest time that a file server keeps the lock of a node that has died (NFS: 90 s, mostly)."""
+
+
 class FolderBusy(ValueError):
     """Another job works in the folder; the message says which, and what to do."""
 
@@ -28,7 +33,8 @@ class FolderBusy(ValueError):
 def locked(folder: Path, setting: str) -> Iterator[None]:
     """Make a folder and hold its lock.
 
-    The lock is an advisory file lock: it vanishes with its process, so whatever a killed job leaves is taken over.
+    The lock is an advisory file lock: it vanishes with its process, so whatever a killed job leaves is taken over; that
+    of a node that has died vanishes a little later, so a requeued Slurm job waits for its own one.
     Where the file system has no locks, the job that the file names counts: it is taken over when it was this Slurm job
     (requeued), or a process of this host that is gone.
 
@@ -56,17 +62,21 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
 
 def _taken(path: Path, setting: str) -> IO[str]:
     """The open file that is the lock."""
+    end = time.monotonic() + LEASE_SECONDS
     while True:
         handle = open(path, "a+")  # noqa: SIM115 - the caller closes it
         try:
             if not _is_free(handle):
-                raise FolderBusy(_busy(path, _owner(handle), setting))
-            if _is_there(handle, path):
+                owner = _owner(handle)
+                if not _is_gone(owner) or time.monotonic() > end:
+                    raise FolderBusy(_busy(path, owner, setting))
+                time.sleep(0.5)
+            elif _is_there(handle, path):
                 return handle
         except BaseException:
             handle.close()
             raise
-        handle.close()  # its owner took it away in between
+        handle.close()  # its owner took it away in between, or is gone
 
 
 def _is_free(handle: IO[str]) -> bool:

@@ -26,14 +26,14 @@ def open_folder(
     folder, error, monitor = config.run_dir, None, open_monitor(config, config.run_dir, enabled=False)
     if comm.is_main():
         try:
+            for unfinished in (folder / "checkpoints").glob(".writing_*"):  # first: they may be what fills the disk
+                shutil.rmtree(unfinished)
             error = check_space(folder, needed_bytes=2 * 16 * count_parameters(config.model))
             data = replace(config.data, allow_pipe=False)  # counts for one command line, not for who reads the folder
             prune = replace(config.prune, rollback=rollback_done(config))
             write_text(folder / "config.yaml", to_yaml(replace(config, data=data, prune=prune)))
             command = launch_command(arguments, comm.world_size())
             write_text(folder / "env.json", json.dumps(environment(config, comm.world_size(), command), indent=2))
-            for unfinished in (folder / "checkpoints").glob(".writing_*"):
-                shutil.rmtree(unfinished)
             rewind_metrics(folder, step, metrics_bytes)
             rewind_samples(folder / "samples", step)
             write_decisions(folder / "decisions.jsonl", decisions)

@@ -41,17 +41,17 @@ def listen() -> None:
 
 
 class StopWatch:
-    """When the ranks look together whether any of them was asked to stop."""
+    """When the ranks look together whether any of them was asked to stop, first after one step, which gives a time."""
 
     def __init__(self, step: int):
-        self.next, self.step, self.time = step, step, time.monotonic()
+        self.next, self.step, self.time = step + 1, step, time.monotonic()
 
     def asked(self, step: int) -> bool:
         """Whether the job stops before this step: the same answer on all ranks. Collective at some steps."""
         if step < self.next:
             return False
         now = time.monotonic()
-        seconds = (now - self.time) / max(step - self.step, 1)
+        seconds = (now - self.time) / (step - self.step)
         mine = torch.tensor([float(bool(_asked)), seconds], dtype=torch.float64, device=comm.device())
         asked, total = comm.all_reduce_sum(mine).tolist()
         steps = LOOK_SECONDS * comm.world_size() / max(total, 1e-9)  # the mean of the ranks, so that all agree

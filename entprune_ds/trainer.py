@@ -89,8 +89,9 @@ def loop(run: Run) -> None:
             if soft_due(config, run.soft, run.step):
                 soft_prune(run)
             loss = one_step(run)
-            if run.guard.in_a_row and run.guard.in_a_row >= config.train.bad_steps:
+            if config.train.bad_steps and run.guard.in_a_row >= config.train.bad_steps:
                 go_back(run)
+                stop = StopWatch(run.step)  # it counts steps
                 continue
             if run.step % config.monitor.log_every == 0:
                 log_step(run, loss, line)

@@ -34,6 +34,6 @@ out=.
 for word in "$@"; do
     case "$word" in out=* | data.out=*) out=${word#*=} ;; esac
 done
-check_nodes "$out"
+check_nodes "$out" || exit 2
 run_ranks entprune_ds.cli.encode "$@"
 exit "$status"

@@ -19,8 +19,10 @@
 
 set -euo pipefail
 if [[ -f "$root/slurm/site.sh" ]]; then
+    set +u  # the functions of environment modules and of conda read variables that nobody has set
     # shellcheck source=/dev/null
     source "$root/slurm/site.sh"
+    set -u
 fi
 
 # ---------------------------------------------------------------- settings of the ranks
@@ -58,7 +60,8 @@ check_job() {
         [[ -n "${!name:-}" ]] ||
             fail "\`$name\` is missing, though \`SLURM_JOB_ID\` is $SLURM_JOB_ID. Start the script with sbatch slurm/$script, and unset nothing of Slurm."
     done
-    [[ -z "${SLURM_STEP_ID:-}" ]] ||
+    # sbatch in an interactive step hands its variables on; Slurm's own process above a batch script tells the truth.
+    [[ -z "${SLURM_STEP_ID:-}" || "$(tr '\0' ' ' <"/proc/$PPID/cmdline")" == *.batch\]* ]] ||
         fail "srun has started this script, so every task would start a whole job. Start it with: sbatch slurm/$script ..."
     [[ -z "${SLURM_GPUS_PER_TASK:-}" ]] ||
         fail "\`--gpus-per-task\` hides the other GPUs of a node from a rank, which NCCL needs to see. Give --gpus-per-node instead."
@@ -118,7 +121,7 @@ on_first_node() {  # WORDS...: `entprune_ds.cli.slurm WORDS...` in the environme
 
 # Every node by itself and all at once, so that one that fails is known by name: the interpreter imports what the ranks
 # need, the GPUs are there and work, the folder can be written. The first one finds the port of the rendezvous.
-check_nodes() {  # FOLDER [FILE]: to write to; a file that the first node has written, which all must see
+check_nodes() {  # FOLDER [FILE]: to write to; a file that the first node has written, which all must see. 1: a node failed
     ((ENTPRUNE_CHECK_SECONDS > 0)) || return 0
     local node pids=() failed=() i status
     ((gpus == 0)) || gpus=$tasks
@@ -143,7 +146,8 @@ check_nodes() {  # FOLDER [FILE]: to write to; a file that the first node has wr
     if ((${#failed[@]} > 0)); then
         local names
         names=$(IFS=,; echo "${failed[*]}")
-        fail "${#failed[@]} of ${#hosts[@]} node(s) cannot run this job: $names. Mend what is said above, or leave them out: sbatch --exclude=$names ..."
+        echo "error: ${#failed[@]} of ${#hosts[@]} node(s) cannot run this job: $names. Mend what is said above, or leave them out: sbatch --exclude=$names ..." >&2
+        return 1
     fi
     MASTER_PORT=$(sed -n 's/^port //p' "$logs/node_${hosts[0]}.log")
 }
@@ -163,13 +167,15 @@ signalled=
 STOPPED=85  # exit status of a rank that was asked to stop, has saved a checkpoint and left (entprune_ds/stop_request.py)
 
 # One rank, in a shell of its own on its node. Its number comes from Slurm; its output goes to a file of its own, that of
-# rank 0 to the job's output too. A request to stop (USR1) must not kill a Python that does not listen yet; TERM is for
-# Python alone, which saves on it. The first rank that does not end well writes down how, since srun would tell the highest
+# rank 0 to the job's output too. The first rank that does not end well writes down how, since srun would tell the highest
 # status of all, those included that it has killed then. A rank that stopped as asked leaves with 0 here, since
 # --kill-on-bad-exit would end the others in the middle of leaving.
+#
+# Where Slurm tracks processes by cgroups, which is usual, a signal reaches this shell and nothing below it, so it hands on
+# USR1 and TERM. USR1 must not kill a Python that does not listen yet: it starts with the signal ignored.
 rank() {
-    trap '' USR1
-    trap : TERM INT
+    local python='' shown=''
+    trap '' USR1 INT TERM
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
     local log=$ENTPRUNE_RANK_LOGS/rank_$RANK.log status
@@ -179,12 +185,21 @@ rank() {
     fi
     shift
     if ((RANK == 0)); then
-        "$ENTPRUNE_PYTHON" -m "$@" 2>&1 | (trap '' INT TERM USR1 && exec tee -a "$log")
-        status=${PIPESTATUS[0]}
+        exec 3> >(exec tee -a "$log")
+        shown=$!
     else
-        "$ENTPRUNE_PYTHON" -m "$@" >>"$log" 2>&1
-        status=$?
+        exec 3>>"$log"
     fi
+    trap 'signalled=1; [[ -z "$python" ]] || kill -TERM "$python"' TERM
+    "$ENTPRUNE_PYTHON" -m "$@" >&3 2>&1 &
+    python=$!
+    exec 3>&-
+    trap 'signalled=1; kill -USR1 "$python"' USR1
+    trap 'signalled=1; kill -INT "$python"' INT
+    wait_for "$python"
+    status=$?
+    local try=0
+    while [[ -n "$shown" ]] && kill -0 "$shown" 2>/dev/null && ((try++ < 300)); do sleep 0.1; done  # its last lines
     ((status != 0)) || exit 0
     (set -o noclobber && echo "$status $RANK $SLURMD_NODENAME" >"$ENTPRUNE_RANK_LOGS/ended") 2>/dev/null
     ((status == STOPPED)) || exit "$status"
@@ -202,9 +217,10 @@ hand_on() {  # SIGNAL: the batch shell tells the ranks to save and leave; again 
 }
 
 ask() {  # SECONDS: what does not leave in that time is ended, so that the script can still requeue the job; 0: no limit
-    local end=$((SECONDS + $1))
-    while kill -USR1 "$ranks" 2>/dev/null; do
-        sleep 5
+    local end=$((SECONDS + $1)) second=0
+    while kill -0 "$ranks" 2>/dev/null; do
+        ((second++ % 5)) || kill -USR1 "$ranks" || true
+        sleep 1  # what is left of it when the script ends
         if (($1 > 0 && SECONDS >= end)); then
             echo "the ranks did not leave within $1 s; they are ended before the time limit" >&2
             kill -TERM "$ranks"
@@ -215,8 +231,8 @@ ask() {  # SECONDS: what does not leave in that time is ended, so that the scrip
 
 seconds_to_save() {  # three quarters of what the job has left; 0 when it has no limit
     local end
-    end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p')
-    end=$(date -d "$end" +%s 2>/dev/null) || { echo 0; return; }
+    end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p') || true
+    [[ -n "$end" ]] && end=$(date -d "$end" +%s 2>/dev/null) || { echo 0; return; }  # nobody says: no limit
     local left=$(((end - $(date +%s)) * 3 / 4))
     echo $((left > 0 ? left : 1))
 }
@@ -232,8 +248,9 @@ run_ranks() {  # MODULE WORDS...: every word arrives as it is
     local options=(--ntasks-per-node="$tasks" --ntasks="$((tasks * SLURM_JOB_NUM_NODES))" --kill-on-bad-exit=1)
     [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
     export STOPPED ENTPRUNE_RANK_LOGS=$logs
-    srun "${options[@]}" "${step[@]}" bash -c "$(declare -f rank)"' && rank "$@"' rank "$((SLURM_RESTART_COUNT + 1))" "$@" &
+    srun "${options[@]}" "${step[@]}" bash -c "$(declare -f rank wait_for)"'; rank "$@"' rank "$((SLURM_RESTART_COUNT + 1))" "$@" &
     ranks=$! status=0
+    [[ -z "$stop" ]] || hand_on "$stop"  # it came before there was anybody to tell
     wait_for "$ranks" || status=$?
     ranks=''
     kill "$asking" 2>/dev/null || true

@@ -46,25 +46,38 @@ source "$root/slurm/env.sh" || {
 
 requeue() {  # WHY
     echo "$1: job $SLURM_JOB_ID is requeued"
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
-        echo "error: Slurm does not requeue the job. The same sbatch line goes on with the run." >&2
-        exit 1
-    fi
-    exit 0
+    local try
+    for try in {1..12}; do  # Slurm's controller may be away for a moment
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        ((try == 12)) || sleep 5
+    done
+    echo "error: Slurm does not requeue the job. The same sbatch line goes on with the run." >&2
+    exit 1
 }
 
 start_job
 number ENTPRUNE_MAX_RESTARTS 3
 count=("most=$ENTPRUNE_MAX_RESTARTS" "start=$SLURM_RESTART_COUNT" "job=$SLURM_JOB_ID" "logs=$logs")
-folder=$(on_first_node begin "${count[@]}" -- "$@") || exit
-check_nodes "$folder" "${folder:+$folder/restarts.json}"
+for pause in 10 20 40 0; do
+    folder=$(on_first_node begin "${count[@]}" -- "$@") && break || status=$?
+    # The first time an error is the user's to mend. Later it was right before: a node or the controller is in trouble.
+    ((SLURM_RESTART_COUNT > 0 && status != 2 && status != 3 && pause > 0)) || exit "$status"
+    sleep "$pause"
+done
+if ! check_nodes "$folder" "${folder:+$folder/restarts.json}"; then
+    ((SLURM_RESTART_COUNT > 0)) || exit 2
+    requeue "a node failed its check, though the job has run before"
+fi
 [[ "$stop" != USR1 ]] || requeue "the time limit is near"
 run_ranks entprune_ds.cli.train "$@"
 
 [[ "$stop" != TERM ]] || exit "$status"  # Slurm has decided already: it requeues, or somebody has cancelled
 [[ "$stop" != USR1 || "$status" == 0 || "$status" == 2 ]] || requeue "the time limit is near"
 case "$status" in
-    0 | 2 | "$STOPPED") exit "$status" ;;
+    0 | "$STOPPED") exit "$status" ;;
 esac
-on_first_node again "${count[@]}" "status=$status" -- "$@" || exit "$status"
+on_first_node again "${count[@]}" "status=$status" -- "$@" && again=0 || again=$?
+case "$again" in
+    2 | 3) exit "$status" ;;  # anything else that is not 0 says nothing of the run; the next start counts
+esac
 requeue "the ranks ended with status $status"

@@ -56,7 +56,7 @@ for word in ${words[@]+"${words[@]}"}; do
     esac
 done
 [[ -n "$out" ]] || fail "\`sample.out\` is missing. Give sample.out=FILE.npz."
-check_nodes "$(dirname "$out")"
+check_nodes "$(dirname "$out")" || exit 2
 run_ranks entprune_ds.cli.sample "${words[@]}"
 [[ "$status" == 0 ]] || exit "$status"
 run_ranks entprune_ds.cli.evaluate "${words[@]}" "evaluate.samples=$out" "${figures:-evaluate.out=${out%.npz}.json}"

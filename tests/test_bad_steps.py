@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ from entprune_ds.config import ConfigError, load_config
 from entprune_ds.data.origin import batch_origin
 from entprune_ds.data.stream import Stream, read_shard
 from entprune_ds.engine.ds_config import read_ds_config
+from entprune_ds.fault_points import VARIABLE
 from entprune_ds.loss_guard import SETTLING, LossGuard
 from tests.ranks import RankFailure, run_ranks
+from tests.test_faults import finish, launch, rank_pids
 from tests.test_training import equal_state, losses, named_state, words
 from tools.poison import poison
 
@@ -152,6 +157,30 @@ def test_it_stops_with_a_report_after_the_last_roll_back(digits, tmp_path):
         and bad[9] in (tmp_path / "run/bad_steps.jsonl").read_text()
     )
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000004"
+
+
+@FULL
+def test_a_request_to_stop_is_heard_right_after_a_roll_back(digits, tmp_path, monkeypatch):
+    """Not only where the steps are reached again that were left behind."""
+    data, _ = poisoned(digits, tmp_path, [190, 191])
+    more = ["train.num_steps=400", "train.checkpoint_every=100", "train.bad_steps=2"]
+    given, log = words(data, tmp_path, "run", *PLAIN, *more), tmp_path / "log"
+    monkeypatch.setenv(VARIABLE, "rollback:5")
+    process = launch(given, log)
+    while log.read_text().count("waiting at rollback") < 2:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    os.kill(rank_pids(log)[1], signal.SIGUSR1)
+    finish(process, seconds=120)
+    assert "went back to step 100" in log.read_text() and "stopped before step 101" in log.read_text()
+
+
+@FULL
+def test_a_run_goes_on_when_the_guard_is_taken_away_after_bad_steps(digits, tmp_path):
+    data, _ = poisoned(digits, tmp_path, [3, 4])
+    given = words(data, tmp_path, "run", *PLAIN, "train.num_steps=6")
+    run_ranks(TRAIN, 2, runs=[[*given, "train.bad_steps=3", "train.stop_step=4"], [*given, "train.bad_steps=0"]])
+    assert manifest(tmp_path / "run", 6)["adam_step"] == 4 and len(bad_rows(tmp_path / "run")) == 2
 
 
 def test_the_guard_tells_a_leap_from_noise_and_forgets_the_old_model():

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def test_all_ranks_of_an_encoding_hear_that_the_folder_is_in_use(tmp_path):
         other.kill()
     assert texts == [f"{tmp_path} is in use by host {socket.gethostname()}, process {other.pid}. Wait for it, stop it, "
                      "or choose another `out`."] * 2  # fmt: skip
+
+
+def test_a_requeued_job_waits_for_the_lock_that_its_dead_node_still_has(tmp_path, monkeypatch):
+    """A file server keeps it for a while; here another process does."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with hold(tmp_path) as other:
+        (tmp_path / "lock").write_text("host elsewhere, process 12, Slurm job 77\n")
+        threading.Timer(1.5, other.kill).start()
+        with locked(tmp_path, "`out`"):
+            assert other.wait(30) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

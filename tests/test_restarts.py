@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from entprune_ds import restarts
+from entprune_ds import restarts, stop_request
 from entprune_ds.cli.common import REFUSAL_SECONDS
 from entprune_ds.cli.encode import main as encode
 from entprune_ds.cli.evaluate import main as evaluate
 from entprune_ds.cli.sample import main as sample
+from entprune_ds.cli.slurm import main as slurm_command
+from entprune_ds.cli.train import limit_threads
 from entprune_ds.cli.train import main as train
 from tests.ranks import ROOT, run_ranks
 from tests.test_faults import LAUNCHER, finish, launch, wait_for_step
@@ -62,6 +65,54 @@ def test_ranks_agree_to_stop_at_the_same_step_and_look_rarely():
     assert 1700 < found[0]["stopped"] <= 1700 + 200
     assert found[0]["looks"] == found[1]["looks"] < 40
     assert run_ranks("tests.workers.stop_request:stops", 2, steps=300, asked_at=1000)[0]["stopped"] is None
+
+
+def test_the_first_look_comes_after_one_step():
+    """At the start nothing is known of the length of a step, and 200 of them may take longer than a job has left."""
+    stop_request.listen()
+    try:
+        watch = stop_request.StopWatch(5)
+        assert not watch.asked(5)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert watch.asked(6)
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_what_is_refused_after_progress_may_be_tried_again(tmp_path, capsys):
+    """Status 2 is also that of a file server in trouble; the next start refuses what is really wrong."""
+    given = ["most=3", "start=0", "job=7", f"logs={tmp_path}"]
+    words, run = ["--", "preset=digits", f"run.root={tmp_path}", "run.name=run"], tmp_path / "run"
+    assert slurm_command(["begin", *given, *words]) == 0
+    assert capsys.readouterr().out == f"{run}\n"
+    assert slurm_command(["again", *given, "status=2", *words]) == 2
+    assert slurm_command(["again", *given, "status=75", *words]) == 0
+    reach(run, 10)
+    assert slurm_command(["again", *given, "status=2", *words]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("word", ["--dry-run", "--help"])
+def test_a_job_that_only_tells_something_leaves_no_run_folder(tmp_path, capsys, word):
+    given = ["begin", "most=3", "start=0", "job=7", f"logs={tmp_path}", "--", "preset=digits", f"run.root={tmp_path}"]
+    assert slurm_command([*given, word]) == 0
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_threads_of_a_rank_are_those_that_slurm_gave_it(monkeypatch):
+    """OMP_NUM_THREADS counts where no launcher has set it; else the CPUs that the job may use are shared."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        limit_threads()
+        assert torch.get_num_threads() == 3
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        limit_threads()
+        assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.full

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import time
 import tracemalloc
 import zipfile
 from dataclasses import replace
@@ -22,6 +26,7 @@ from entprune_ds.interop.source import Source
 from entprune_ds.interop.tensors import parameter_shapes
 from entprune_ds.rng import generator_for
 from tests.ranks import RankFailure, run_ranks
+from tests.test_faults import finish, launch, rank_pids
 from tests.tiny import MODEL
 
 TINY = ["sample.num_samples=23", "sample.batch_size=2", "sample.num_steps=3", "sample.cfg_scale=2"]
@@ -99,6 +104,27 @@ def test_kills_ranks_and_batches_change_no_byte(model, whole, tmp_path, capsys):
     assert "drawn before" in capsys.readouterr().out
     assert sample([*pictures[1:], "sample.cfg_scale=3"]) == 2
     assert "`cfg_scale` is 3.0, but" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_a_rank_that_hangs_is_not_waited_for(model, tmp_path):
+    """It stands still with all its connections; the other leaves its stacks and ends, and the rest is drawn later."""
+    out, log = tmp_path / "out.npz", tmp_path / "log"
+    parts = Path(f"{out}.parts")
+    given = [f"weights={model}", f"out={out}", *TINY, "sample.num_steps=900", "run.timeout_seconds=20"]
+    process = launch(given, log, module="entprune_ds.cli.sample")
+    while not list(parts.glob("part_*")):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    os.kill(rank_pids(log)[1], signal.SIGSTOP)
+    finish(process, seconds=150)
+    text = log.read_text()
+    assert re.search(r"rank 0 on .* made no progress for 20 s .*rank_00000\.txt\. What is finished stays in", text), (
+        text
+    )
+    assert "in draw_missing" in (parts / "stacks" / "rank_00000.txt").read_text() and not out.exists()
+    assert 6 <= len(list(parts.glob("part_*"))) < 12
+    assert sample(given) == 0 and out.exists() and not parts.exists()
 
 
 def test_an_image_depends_on_its_seed_and_index_alone(model, whole, tmp_path):

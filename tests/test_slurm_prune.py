@@ -128,7 +128,8 @@ def test_what_a_user_ends_or_must_mend_is_not_requeued(slurm, tmp_path, behave, 
 
 
 def test_settings_that_are_wrong_are_refused_once_before_any_rank(slurm, tmp_path):
-    job = Job(slurm, tmp_path, TWO, ["preset=digits", "train.num_stepz=3"], PRUNE)
+    in_a_step = slurm | {"SLURM_STEP_ID": "0"}  # as in the shell of `srun --pty bash`, which sbatch hands on
+    job = Job(in_a_step, tmp_path, TWO, ["preset=digits", "train.num_stepz=3"], PRUNE)
     assert job.wait() == ("FAILED", "2:0")
     assert job.text().count("num_stepz") == 1 and "start 1" not in job.text()
 
@@ -151,6 +152,39 @@ def test_a_node_that_fails_at_the_start_is_named(slurm, tmp_path, there, seconds
     assert "node n2 failed its check" in job.text() and said in job.text()
     assert "1 of 2 node(s) cannot run this job: n2." in job.text() and "--exclude=n2" in job.text()
     assert "node n1" not in job.text() and "start 1" not in job.text()
+
+
+@pytest.mark.full
+def test_a_node_that_fails_later_is_tried_again(slurm, tmp_path):
+    """The job has run before, so the node may recover, or Slurm may give another one."""
+    node = 'if (( SLURM_RESTART_COUNT == 1 )); then echo no interpreter here; exit 1; else echo "port 20000"; fi'
+    behave = "(( SLURM_RESTART_COUNT == 2 )) || exit 7"
+    text = RANKS.replace("exec", f'{{ [[ "$3" == node ]] || exec {sys.executable} "$@"; {node}; exit; }}; exec')
+    python = executable(tmp_path / "python", text)
+    given = ["preset=digits", "data.shards=none", f"run.root={tmp_path}"]
+    more = {"ENTPRUNE_PYTHON": python, "BEHAVE": behave, "ENTPRUNE_CHECK_SECONDS": "100"}
+    job = Job(slurm | more, tmp_path, TWO, given, PRUNE)
+    start_again(job, 1)
+    start_again(job, 2)
+    assert job.wait() == ("COMPLETED", "0:0"), job.text()
+    text = job.text()
+    assert text.count("is requeued") == 2 and "a node failed its check, though the job has run before" in text
+    assert "node n1 failed its check" in text and "start 2:" not in text and "start 3:" in text
+
+
+MEANWHILE = """
+(( SLURM_RESTART_COUNT == 1 )) && exit 2
+mkdir -p $PLACE/run/checkpoints && echo step_00000100 >$PLACE/run/checkpoints/latest
+echo "error: cannot read /data/x.tar: Stale file handle" && exit 2
+"""
+
+
+@pytest.mark.full
+def test_an_error_after_progress_is_tried_again_once(slurm, tmp_path):
+    job = behaving(slurm, tmp_path, MEANWHILE)
+    start_again(job, 1)
+    assert job.wait() == ("FAILED", "2:0"), job.text()
+    assert job.text().count("the ranks ended with status 2: job") == 1 and "start 2:" in job.text()
 
 
 def test_what_the_check_of_a_node_looks_at(tmp_path, capsys, monkeypatch):

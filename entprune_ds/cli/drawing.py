@@ -61,6 +61,7 @@ def open_drawer(config: Config, weights: Path) -> Drawer:
     model = loaded_model(source)
     digest = weights_digest(model)
     model.to(comm.device())
+    model.register_forward_pre_hook(lambda model, arguments: comm.mark_progress())  # a sample takes hundreds of them
     sampler = build_sampler(architecture, config.diffusion, sample)
     side = architecture.input_size
 

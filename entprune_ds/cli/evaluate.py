@@ -44,12 +44,14 @@ def main(argv: list[str] | None = None) -> int:
             split_shortcuts(words, {"out": "evaluate.out", "weights": "model.weights"}), "evaluate"
         )
         config = load_config(words, check=_problems)
+        out = Path(config.evaluate.out or (folder / "evaluation.json" if folder else "evaluation.json"))
+        blocked = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
+        if out.is_dir() or blocked is not None:
+            return refuse([f"`out`: {out if blocked is None else blocked} is in the way. Give a path of a JSON file."])
     except ConfigError as error:
         return refuse(error.problems)
-    out = Path(config.evaluate.out or (folder / "evaluation.json" if folder else "evaluation.json"))
-    blocked = next((parent for parent in out.parents if parent.exists() and not parent.is_dir()), None)
-    if out.is_dir() or blocked is not None:
-        return refuse([f"`out`: {out if blocked is None else blocked} is in the way. Give a path of a JSON file."])
+    except OSError as error:  # a name too long, or a folder that is closed
+        return refuse([str(error)])
     from entprune_ds.cli.launched import run_launched
 
     return run_launched(lambda: run(config, out, folder), config.run.timeout_seconds)

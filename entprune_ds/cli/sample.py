@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -104,21 +105,16 @@ def drawn(config: Config, drawer: Drawer, folder: Path) -> Iterator[Parts]:
 
     Raises:
         comm.DistributedError: on all ranks, when the folder is in use or was begun with other settings.
-        comm.RankError: when this rank cannot draw or write, or its launcher is gone.
+        comm.RankError: when this rank cannot draw or write.
     """
     from entprune_ds import comm
     from entprune_ds.evaluation.parts import Parts, begin, draw_missing
-    from entprune_ds.faults import locked_by_job
-    from entprune_ds.launcher import first_gone, launchers
+    from entprune_ds.faults import locked_by_job, watched
     from entprune_ds.logs import progress
 
     parts = Parts(folder, len(drawer.labels), config.sample.batch_size)
-    above = launchers()
-
-    def check() -> None:
-        if (gone := first_gone(above)) is not None:
-            raise comm.RankError(f"the launcher (process {gone.pid}) is gone. The same command goes on from {folder}.")
-
+    remedy = f"What is finished stays in {folder}: the same command goes on."
+    watch = watched(config.run.timeout_seconds, folder, remedy)
     with locked_by_job([folder], "`out`"):
         problems = begin(parts, drawer.protocol) if comm.is_main() else []
         comm.raise_together("\n".join(problems) or None)
@@ -126,7 +122,8 @@ def drawn(config: Config, drawer: Drawer, folder: Path) -> Iterator[Parts]:
         done = parts.count - sum(len(parts.ranges[part]) for part in todo)
         with progress("sample", total=parts.count, done=done) as line:
             try:
-                draw_missing(parts, todo, drawer.draw, line.update, check)
+                with watch if comm.world_size() > 1 else contextlib.nullcontext():  # a rank alone waits for nobody
+                    draw_missing(parts, todo, drawer.draw, line.update)
             except (OSError, ValueError) as error:
                 raise comm.RankError(f"{error} What is finished stays in {folder}.") from error
         yield parts

@@ -1,7 +1,7 @@
 """`entprune_ds.cli.slurm`: what slurm/env.sh and slurm/prune_xl.sh ask before and after the ranks; not for people.
 
     begin most=3 start=1 job=12 logs=DIR -- WORDS   on one node: checks WORDS, counts this start, prints the run folder
-    again most=3 start=1 job=12 logs=DIR status=75 -- WORDS   after a crash: may the job be requeued?
+    again most=3 start=1 job=12 logs=DIR status=75 -- WORDS   the ranks have failed: may the job be requeued?
     node gpus=8 folder=DIR sees=FILE port=23456     on every node: can ranks run here? Prints a free port, from this on
 
 Exit status: 0 yes, 2 refused (with the reason), 3 a crash loop.
@@ -25,19 +25,21 @@ PORTS = range(20000, 32000)
 
 def main(argv: list[str] | None = None) -> int:
     """Run one of the three; returns the exit status."""
-    words, _ = launched_words(argv)
+    words, dry_run = launched_words(argv)
     end = words.index("--") if "--" in words else len(words)
     asked, rest = dict(word.split("=", 1) for word in words[1:end]), words[end + 1 :]
     if words[0] == "node":
         return node(int(asked["gpus"]), asked["folder"], asked["sees"], int(asked["port"]))
-    if wants_help(rest):
-        return 0  # there is no run; the ranks print it
+    if wants_help(rest) or dry_run:
+        return 0  # there is no run; the ranks tell
     try:
         folder = load_config(rest).run_dir
         if words[0] == "begin":
             count = restarts.begin(folder, asked["job"], int(asked["start"])).count
         else:
             count = restarts.next_count(folder)
+            if int(asked["status"]) == 2 and count > 0:
+                return 2  # the ranks have said why; what comes after progress may pass, such as a file server's
     except ConfigError as error:
         return refuse(error.problems)
     except OSError as error:

@@ -6,6 +6,7 @@ import os
 
 from entprune_ds.cli.common import help_text, launched_words, leave, refuse, wants_help
 from entprune_ds.config import ConfigError, load_config
+from entprune_ds.launcher import launchers
 
 HELP = """\
 Train a diffusion or flow transformer (DiT, SiT) under DeepSpeed and remove blocks, heads or channels while it trains.
@@ -59,12 +60,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def limit_threads() -> None:
-    """Share the cores between the ranks of this node, unless OMP_NUM_THREADS says otherwise."""
+    """Share the cores between the ranks of this node, unless OMP_NUM_THREADS says otherwise.
+
+    A launcher sets that variable to 1 for its ranks, which nobody has asked for; what Slurm's script sets counts.
+    """
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ or os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if "OMP_NUM_THREADS" in os.environ and (ranks == 1 or not launchers()):
+        return
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from PIL import Image
 
 from entprune_ds import comm
 from entprune_ds.atomic import replacing, write_text
+from entprune_ds.evaluation.alive import alive, signs
 from entprune_ds.evaluation.images import check_drawable, write_whole
 from entprune_ds.evaluation.npz import write_npz
 from entprune_ds.logs import get_logger
@@ -122,34 +123,35 @@ def begin(parts: Parts, settings: dict[str, Any]) -> list[str]:
     return []
 
 
-def draw_missing(
-    parts: Parts, todo: list[int], draw: DrawPart, on_part: Callable[[int], None], check: Callable[[], None]
-) -> None:
+def draw_missing(parts: Parts, todo: list[int], draw: DrawPart, on_part: Callable[[int], None]) -> None:
     """Draw every world_size-th of the missing parts, then wait for those of the other ranks.
 
     Args:
         todo: the parts that were missing at the start, the same on all ranks.
         on_part: called with the number of finished images, of all ranks, after every part and while waiting.
-        check: called likewise; raises when there is no sense in going on.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     rank, world_size = comm.rank(), comm.world_size()
 
-    def tell() -> int:
-        left = parts.missing()
-        on_part(parts.count - sum(len(parts.ranges[part]) for part in left))
-        comm.mark_progress()
-        check()
-        return len(left)
+    def left() -> int:
+        missing = parts.missing()
+        on_part(parts.count - sum(len(parts.ranges[part]) for part in missing))
+        return len(missing)
 
-    for part in todo[rank::world_size]:
-        images = draw(parts.ranges[part])
-        with replacing(parts.path(part)) as temporary, open(temporary, "wb") as file:
-            np.save(file, images, allow_pickle=False)
-        tell()
-    while tell():
+    with alive(parts.folder):
+        for part in todo[rank::world_size]:
+            images = draw(parts.ranges[part])
+            with replacing(parts.path(part)) as temporary, open(temporary, "wb") as file:
+                np.save(file, images, allow_pickle=False)
+            comm.mark_progress()
+            left()
+    seen = None
+    while count := left():  # to wait is no progress, unless another rank makes some
+        before, seen = seen, (count, signs(parts.folder))
+        if seen != before:
+            comm.mark_progress()
         time.sleep(POLL_SECONDS)
 
 
