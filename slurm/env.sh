@@ -190,13 +190,13 @@ rank() {
     else
         exec 3>>"$log"
     fi
-    trap 'signalled=1; [[ -z "$python" ]] || kill -TERM "$python"' TERM
+    trap 'signalled=1; [[ -z "$python" ]] || kill -TERM "$python" 2>/dev/null' TERM
     "$ENTPRUNE_PYTHON" -m "$@" >&3 2>&1 &
     python=$!
     exec 3>&-
-    trap 'signalled=1; kill -USR1 "$python"' USR1
-    trap 'signalled=1; kill -INT "$python"' INT
-    wait_for "$python"
+    trap 'signalled=1; kill -USR1 "$python" 2>/dev/null' USR1
+    trap 'signalled=1; kill -INT "$python" 2>/dev/null' INT
+    wait_for "$python" 2>/dev/null
     status=$?
     local try=0
     while [[ -n "$shown" ]] && kill -0 "$shown" 2>/dev/null && ((try++ < 300)); do sleep 0.1; done  # its last lines

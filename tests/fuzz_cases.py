@@ -65,13 +65,16 @@ def refused(command: str, words: list[str], statuses: tuple[int, ...] = (2,)) ->
     Args:
         statuses: the exit statuses that are documented; 0 among them allows that nothing was wrong.
     """
-    status, _, told = call(command, words)
+    status, out, told = call(command, words)
     shown = f"{command} {words}: status {status}\n{told}"
     assert status in statuses, shown
     lines = told.split("\n")[:-1]
     assert all(line.startswith(STARTS) for line in lines), shown
     assert "Traceback" not in told and all(line.isprintable() for line in lines), shown
-    if status:
+    if status == 1 and "--replay" in words:
+        same = ("the same again", "recorded without its state")
+        assert any(line.startswith("check ") and not line.endswith(same) for line in out.splitlines()), out
+    elif status:
         assert any(len(line.split()) > 3 and not line.startswith("warning: ") for line in lines), shown
     return told
 

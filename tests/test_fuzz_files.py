@@ -236,6 +236,17 @@ def test_a_manifest_that_does_not_fit_is_one_error(change, whole):
             write(root / name, held[name])
 
 
+def test_a_manifest_without_its_step_is_a_damaged_checkpoint(whole):
+    root, held = whole
+    name = "run/checkpoints/step_00000001/manifest.json"
+    with inside(root):
+        try:
+            write(root / name, held[name] | {"step": None})
+            assert "is damaged and is not used: manifest.json has the step None" in check("export run=run out=text/x")
+        finally:
+            write(root / name, held[name])
+
+
 @pytest.mark.parametrize("change", [{"zero_optimization": {"reduce_bucket_size": None}}, {"data_types": [1]}])
 def test_parts_of_a_deepspeed_file_that_are_of_another_kind(change, whole):
     with inside(whole[0]):

@@ -157,9 +157,9 @@ def test_a_node_that_fails_at_the_start_is_named(slurm, tmp_path, there, seconds
 @pytest.mark.full
 def test_a_node_that_fails_later_is_tried_again(slurm, tmp_path):
     """The job has run before, so the node may recover, or Slurm may give another one."""
-    node = 'if (( SLURM_RESTART_COUNT == 1 )); then echo no interpreter here; exit 1; else echo "port 20000"; fi'
+    broken = "(( SLURM_RESTART_COUNT == 1 )) && echo no interpreter here && exit 1; echo port 20000; exit"
+    text = RANKS.replace("[[", f'[[ "$3" == node ]] && {{ {broken}; }}\n[[', 1)
     behave = "(( SLURM_RESTART_COUNT == 2 )) || exit 7"
-    text = RANKS.replace("exec", f'{{ [[ "$3" == node ]] || exec {sys.executable} "$@"; {node}; exit; }}; exec')
     python = executable(tmp_path / "python", text)
     given = ["preset=digits", "data.shards=none", f"run.root={tmp_path}"]
     more = {"ENTPRUNE_PYTHON": python, "BEHAVE": behave, "ENTPRUNE_CHECK_SECONDS": "100"}

@@ -193,6 +193,8 @@ def file_problems(folder: Path) -> list[str]:
             return [f"manifest.json has the checksum {known}, not the one that it names"]
         if manifest["format"] > FORMAT:
             return []  # not damaged: read_checkpoint says what it is
+        if type(manifest["step"]) is not int:
+            return [f"manifest.json has the step {manifest['step']!r}"]
         for entry in manifest["files"][comm.rank() :: comm.world_size()]:
             path = folder / entry["name"]
             if path.stat().st_size != entry["bytes"]:
