@@ -10,7 +10,7 @@
 #   ENTPRUNE_SRUN           further srun options, separated by spaces       (default: none)
 #   ENTPRUNE_LOGS           folder of the ranks' logs                       (default: logs)
 #   ENTPRUNE_CHECK_SECONDS  longest check of a node before the start; 0: no check (default: 180)
-#   ENTPRUNE_ROOT           folder that holds slurm/                        (default: where sbatch was called)
+#   ENTPRUNE_ROOT           folder that holds slurm/, and where relative paths start  (default: where sbatch was called)
 #   SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT, SBATCH_EXCLUDE ...  are read by sbatch itself
 #
 # A script sets `script` (its name) and `root`, sources this file, and calls start_job, then check_nodes FOLDER, then

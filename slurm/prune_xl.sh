@@ -16,6 +16,7 @@
 # - pre-emption and scontrol requeue send TERM: the ranks do the same within Slurm's KillWait (30 s, mostly), or go on from the
 #   newest checkpoint. A node that fails is the same without the TERM.
 # - a rank that crashes ends the others; the job is requeued, up to ENTPRUNE_MAX_RESTARTS times without a newer checkpoint.
+#   So it is when ranks are refused (status 2) after they have written one: such trouble may pass.
 # - scancel JOB ends it for good; scancel --signal=USR1 JOB saves first; scancel --batch --signal=USR1 JOB saves and requeues.
 # The same sbatch line goes on with a run whose job has ended.
 #
