@@ -73,7 +73,10 @@ def test_a_signal_to_the_shell_of_a_rank_alone_reaches_its_python(tmp_path, rank
 
 
 def test_the_status_and_the_last_lines_of_a_rank_that_crashes(tmp_path):
-    process = rank_shell(tmp_path, 0, "#!/bin/bash\nseq 20000\necho the end >&2\nexit 7\n")
+    process = rank_shell(tmp_path, 0, "#!/bin/bash\nseq 20000\necho the end >&2\ntouch $PLACE/over\nexit 7\n")
+    there(tmp_path / "over")
+    time.sleep(0.5)
+    assert process.poll() is None  # nobody has read what rank 0 said, more than a pipe holds
     shown = process.communicate(timeout=60)[0]
     assert process.returncode == 7 and shown.endswith("20000\nthe end\n")
     assert (tmp_path / "logs" / "rank_0.log").read_text().endswith("20000\nthe end\n")
