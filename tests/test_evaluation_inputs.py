@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -151,6 +152,22 @@ def test_references_that_do_not_fit_are_refused_before_work_starts(bench, tmp_pa
     np.savez(adm, arr_0=images, mu=np.zeros(16), sigma=np.eye(16))
     assert evaluate(words(bench, out, f"evaluate.reference={adm}")) == 0
     assert {"kid", "precision", "recall"} <= set(json.loads(out.read_text())["pruned"])
+
+
+def test_samples_of_another_model_are_refused(bench, tmp_path, capsys):
+    other = random_model(tmp_path / "other", seed=1, input_size=8, in_channels=3)  # the same blocks and step
+    error = refused(capsys, words(bench, tmp_path / "out.json", f"weights={other}"))
+    assert f"was drawn from {bench['model']} with weights" in error and f"{other} holds weights" in error
+    fewer = random_model(tmp_path / "fewer", kept=(1,), input_size=8, in_channels=3)
+    error = refused(capsys, words(bench, tmp_path / "out.json", f"weights={fewer}"))
+    assert "was drawn from blocks [0, 2] at step 7" in error
+    moved = shutil.copytree(bench["model"], tmp_path / "moved")
+    base = [f"evaluate.baseline={bench['model']}", f"evaluate.baseline_samples={bench['samples']}"]
+    assert evaluate(words(bench, tmp_path / "out.json", f"weights={moved}", *base)) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [found[side]["model"] for side in ("base", "pruned")] == [bench["model"], str(moved)]
+    drawn = json.loads(Path(bench["samples"]).with_name("samples_protocol.json").read_text())
+    assert {found[side]["weights_digest"] for side in ("base", "pruned")} == {drawn["weights_digest"]}
 
 
 def test_wrong_networks_and_settings_are_refused(bench, tmp_path, capsys):
