@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 
 from entprune_ds.cli.evaluate import main as evaluate
 from entprune_ds.cli.sample import main as sample
-from entprune_ds.evaluation import fetch
+from entprune_ds.evaluation import fetch, references
 from entprune_ds.evaluation.inception import load_inception, load_pytorch_inception
 from entprune_ds.evaluation.npz import member_names, open_member
 from tests.ranks import run_ranks
@@ -114,6 +114,27 @@ def test_figures_carry_what_they_depend_on_and_ranks_change_nothing(bench, tmp_p
     for key in ("fid", "kid", "precision", "recall"):
         assert found["pruned"][key] == pytest.approx(one["pruned"][key], rel=1e-9), key
     assert found["protocol"]["reference_about"] == about
+
+
+def test_figures_do_not_depend_on_whether_the_reference_was_saved(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(references, "KEPT", 25)  # below the 40 pictures
+    stored, found = tmp_path / "stats.npz", {}
+    assert evaluate(words(bench, tmp_path / "pictures.json", f"evaluate.save_reference={stored}")) == 0
+    assert evaluate(words(bench, tmp_path / "file.json", f"evaluate.reference={stored}")) == 0
+    for name in ("pictures", "file"):
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        about = found[name]["protocol"]["reference_about"]
+        assert (about["count"], about["features"]) == (40, 25)
+    for key in ("fid", "kid", "precision", "recall"):
+        assert found["file"]["pruned"][key] == pytest.approx(found["pictures"]["pruned"][key], rel=1e-9), key
+    with_images = tmp_path / "images.npz"
+    images = np.stack([np.asarray(Image.open(p)) for p in sorted(Path(bench["real"]).iterdir())])
+    np.savez(with_images, arr_0=images, mu=np.zeros(16), sigma=np.eye(16), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
+    assert evaluate(words(bench, tmp_path / "images.json", f"evaluate.reference={with_images}")) == 0
+    by_images = json.loads((tmp_path / "images.json").read_text())
+    assert by_images["protocol"]["reference_about"]["features"] == 25
+    for key in ("kid", "precision", "recall"):
+        assert by_images["pruned"][key] == pytest.approx(found["pictures"]["pruned"][key], rel=1e-9), key
 
 
 def test_references_that_do_not_fit_are_refused_before_work_starts(bench, tmp_path, capsys):

@@ -22,7 +22,7 @@ from entprune_ds.evaluation.statistics import Moments
 from entprune_ds.plain_json import parse_json
 
 KEPT = 10_000
-"""Images whose features are kept: as many as ADM's reference batches hold."""
+"""Images whose features are used: as many as ADM's reference batches hold, whether they come from a file or not."""
 UNKNOWN = "not recorded (ADM's form)"
 
 
@@ -35,7 +35,7 @@ class Reference:
     """Their count is 0 where a file does not say it."""
     spatial: Moments | None
     features: np.ndarray | None
-    """(M,D) for KID, precision and recall; on rank 0."""
+    """(M,D) for KID, precision and recall, M at most KEPT; on rank 0."""
     about: dict[str, Any]
     """Plain values for the protocol."""
 
@@ -44,9 +44,15 @@ def of_images(measured: Measured, name: str, extractor: ImageExtractor) -> Refer
     """The reference that measured images are."""
     about = {
         "images": name, "count": measured.shape[0], "resolution": list(measured.shape[1:]), "digest": measured.digest,
-        **extractor.description,
+        "features": min(KEPT, measured.shape[0]), **extractor.description,
     }  # fmt: skip
-    return Reference(name, measured.moments, measured.spatial, measured.features, about)
+    return Reference(name, measured.moments, measured.spatial, kept(measured.features), about)
+
+
+def kept(features: np.ndarray) -> np.ndarray:
+    """At most KEPT rows of features (M,D), evenly spaced, so that figures do not depend on where they were stored."""
+    chosen = np.linspace(0, len(features) - 1, min(KEPT, len(features))).round().astype(np.int64)
+    return features[chosen]
 
 
 def save_reference(reference: Reference, path: Path) -> None:
@@ -55,10 +61,8 @@ def save_reference(reference: Reference, path: Path) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
-    features = reference.features
-    assert features is not None
-    chosen = np.linspace(0, len(features) - 1, min(KEPT, len(features))).round().astype(np.int64)
-    arrays = {"mu": reference.moments.mean, "sigma": reference.moments.covariance, "features": features[chosen]}
+    assert reference.features is not None
+    arrays = {"mu": reference.moments.mean, "sigma": reference.moments.covariance, "features": reference.features}
     if reference.spatial is not None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     arrays["about"] = np.array(json.dumps(reference.about))
@@ -146,5 +150,8 @@ def load_reference(path: Path, images: Measured | None) -> Reference:
         spatial = Moments(count, np.array(open_member(path, "mu_s")), np.array(open_member(path, "sigma_s")))
     features = np.array(open_member(path, "features")) if "features" in names else None
     features = images.features if images is not None else features
+    if features is not None:
+        features = kept(features)
+        about |= {"features": len(features)}
     moments = Moments(count, np.array(open_member(path, "mu")), np.array(open_member(path, "sigma")))
     return Reference(str(path), moments, spatial, features, about)
