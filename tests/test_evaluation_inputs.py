@@ -43,6 +43,13 @@ EXTRACTOR = ImageExtractor(name="mean colours", extract=extract)
 """
 
 
+class Tuple16(torch.nn.Module):
+    """Features (n,16) and logits (n,2) of images (n,3,H,W), as a user's torchscript file may give them."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.flatten(1)[:, :16] / 255, x.mean(dim=[2, 3])[:, :2]
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> dict[str, str]:
     """A model of 8x8 colour images, its samples, real pictures, and a small Inception."""
@@ -173,6 +180,23 @@ def test_references_that_do_not_fit_are_refused_before_work_starts(bench, tmp_pa
     np.savez(adm, arr_0=images, mu=np.zeros(16), sigma=np.eye(16))
     assert evaluate(words(bench, out, f"evaluate.reference={adm}")) == 0
     assert {"kid", "precision", "recall"} <= set(json.loads(out.read_text())["pruned"])
+
+
+def test_statistics_that_name_no_network_are_taken_for_what_they_may_be(bench, tmp_path, capsys):
+    out, plain, adm = tmp_path / "out.json", tmp_path / "birds_clean_custom.npz", tmp_path / "adm.npz"
+    np.savez(plain, mu=np.zeros(16), sigma=np.eye(16))
+    np.savez(adm, mu=np.zeros(16), sigma=np.eye(16), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
+    assert evaluate(words(bench, out, f"evaluate.reference={plain}", "evaluate.mode=clean")) == 0
+    protocol = json.loads(out.read_text())["protocol"]
+    assert protocol["resize_mode"] == "clean"
+    about = protocol["reference_about"]
+    assert [about[key] for key in ("count", "extractor", "resize_mode")] == ["not recorded"] * 3
+    out.unlink()
+    own = tmp_path / "own.pt"
+    torch.jit.script(Tuple16()).save(str(own))
+    for path in (plain, adm):
+        error = refused(capsys, words(bench, out, f"evaluate.reference={path}", f"evaluate.extractor={own}"))
+        assert f"{path} does not say which network made it" in error and "evaluate.save_reference" in error
 
 
 def test_samples_of_another_model_are_refused(bench, tmp_path, capsys):

@@ -2,7 +2,8 @@
 
 Ours holds mu, sigma (mu_s, sigma_s of the spatial features), features of up to 10,000 images for KID, precision and
 recall, and `about`: JSON with count, resolution, extractor and its digest, resize mode, and a digest of the images.
-ADM's reference batches hold mu, sigma, mu_s, sigma_s, and often arr_0 (10,000 images), and say nothing else.
+ADM's reference batches hold mu, sigma, mu_s, sigma_s, and often arr_0 (10,000 images), and say nothing else. Files of
+clean-fid, pytorch-fid and others hold mu and sigma alone: nothing in them says how the images were resized.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from entprune_ds.plain_json import parse_json
 
 KEPT = 10_000
 """Images whose features are used: as many as ADM's reference batches hold, whether they come from a file or not."""
-UNKNOWN = "not recorded (ADM's form)"
+UNKNOWN = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def holds_statistics(path: Path) -> bool:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a file of statistics says of itself; of ADM's form only what its arrays show.
+    """What a file of statistics says of itself; of files of others only what their arrays show.
 
     Raises:
         ValueError: the file is missing, damaged, or not of this kind.
@@ -95,7 +96,9 @@ def read_about(path: Path) -> dict[str, Any]:
     if len(width) != 1 or member_shape(path, "sigma") != (width[0], width[0]):
         raise ValueError(f"{path}: mu and sigma must be (D,) and (D,D), got {width}, {member_shape(path, 'sigma')}.")
     if "about" not in names:
-        found = {"images": str(path), "count": UNKNOWN, "extractor": UNKNOWN}
+        by_adm = "mu_s" in names
+        found = {"images": str(path), "count": UNKNOWN, "extractor": UNKNOWN + (" (ADM's form)" if by_adm else "")}
+        found |= {"resize_mode": "legacy_tensorflow" if by_adm else UNKNOWN}
         return found | ({"resolution": list(member_shape(path)[1:])} if "arr_0" in names else {})
     try:
         about = parse_json(str(open_member(path, "about")))
@@ -121,7 +124,11 @@ def statistics_problems(path: Path, extractor: ImageExtractor, width: int, incep
         held = member_shape(path, "mu")[0]
         found.append(f"`evaluate.reference`: {path} holds {held} features, {extractor.name} makes {width}.")
     if "extractor_digest" not in about:
-        if inception and extractor.mode != "legacy_tensorflow":
+        if not inception:
+            message = f"`evaluate.reference`: {path} does not say which network made it, so its statistics cannot be "
+            message += f"compared with those of {extractor.name}. Give images, or a file of evaluate.save_reference."
+            found.append(message)
+        elif about["resize_mode"] not in (UNKNOWN, extractor.mode):
             message = f"`evaluate.mode` is {extractor.mode}, but {path} has ADM's form, statistics of "
             found.append(message + "legacy_tensorflow. Set evaluate.mode=legacy_tensorflow.")
         return found
