@@ -22,6 +22,8 @@ from sklearn.datasets import load_digits
 from entprune_ds.cli.evaluate import main as evaluate
 from entprune_ds.cli.sample import main as sample
 from entprune_ds.evaluation import fetch, references
+from entprune_ds.evaluation.extractor import Extracted
+from entprune_ds.evaluation.figures import lacking
 from entprune_ds.evaluation.inception import load_inception, load_pytorch_inception
 from entprune_ds.evaluation.npz import member_names, open_member
 from tests.ranks import run_ranks
@@ -248,6 +250,24 @@ def test_wrong_networks_and_settings_are_refused(bench, tmp_path, capsys):
     for text, message in (("{", "cannot be read"), ("{}", "is not the protocol"), ('{"step": 7}', "not the protocol")):
         (tmp_path / "s_protocol.json").write_text(text)
         assert message in refused(capsys, words(bench, out, f"evaluate.samples={samples}"))
+
+
+def test_sets_too_small_for_the_neighbours_are_known_before_anything_is_drawn(bench, tmp_path, capsys):
+    out, own = tmp_path / "out.json", tmp_path / "own.py"
+    own.write_text(OWN)
+    drawing = [f"evaluate.extractor={own}", "evaluate.samples=", "sample.num_samples=10", "evaluate.neighbours=20"]
+    why = "21 samples and reference images or more are needed for 20 neighbours, got 10 and 40"
+    asked = refused(capsys, words(bench, out, *drawing, "evaluate.metrics=[fid,precision_recall]"))
+    assert f"`evaluate.metrics`: precision_recall: {why}." in asked
+    assert evaluate(words(bench, out, *drawing)) == 0
+    found = json.loads(out.read_text())
+    assert found["protocol"]["not_measured"]["precision_recall"] == why and found["pruned"]["fid"] > 0
+    few = lacking(Extracted(np.zeros((1, 3))), 5, 1, None, 3, "e")
+    assert "2 samples and reference images or more are needed, got 5 and 1" in few["kid"]
+    assert "4 samples and reference images or more" in few["precision_recall"] and "fid" not in few
+    none = lacking(Extracted(np.zeros((1, 3))), 5, 0, None, 3, "e")
+    assert none["kid"] == none["precision_recall"] == "the reference holds neither features nor images"
+    assert not {"kid", "precision_recall"} & set(lacking(Extracted(np.zeros((1, 3))), 5, 4, None, 3, "e"))
 
 
 def test_extractors_of_ones_own(bench, tmp_path):

@@ -110,8 +110,9 @@ def choose_metrics(
             shapes = f"{list(candidate.shape[1:])}, the real images {list(bench.resolution)} (H,W,C)"
             problems.append(f"samples of {candidate.weights} are {shapes}. They must be of one size.")
         left_out |= lacking(
-            bench.probe, candidate.shape[0], bench.has_features, bench.spatial_width, bench.extractor.name
-        )
+            bench.probe, candidate.shape[0], bench.reference_rows, bench.spatial_width, config.evaluate.neighbours,
+            bench.extractor.name,
+        )  # fmt: skip
     needed = wanted or ("fid",)
     problems += [f"`evaluate.metrics`: {name}: {why}." for name, why in left_out.items() if name in needed]
     if problems:

@@ -22,6 +22,7 @@ from entprune_ds.evaluation.inception import load_inception, load_pytorch_incept
 from entprune_ds.evaluation.measure import check_extracted, measure
 from entprune_ds.evaluation.npz import member_names, member_shape
 from entprune_ds.evaluation.references import (
+    KEPT,
     Reference,
     holds_statistics,
     load_reference,
@@ -54,9 +55,13 @@ class Bench:
     """What the reference is, in words."""
 
     @property
-    def has_features(self) -> bool:
-        """Whether there will be features of real images."""
-        return bool(self.images) or (self.statistics is not None and "features" in member_names(self.statistics))
+    def reference_rows(self) -> int:
+        """Features of real images that there will be."""
+        if self.images:
+            return min(KEPT, self.images["whole"].shape[0])
+        assert self.statistics is not None
+        held = "features" in member_names(self.statistics)
+        return min(KEPT, member_shape(self.statistics, "features")[0]) if held else 0
 
     @property
     def spatial_width(self) -> int | None:
