@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from entprune_ds.cli.evaluate import main as evaluate
 from entprune_ds.cli.sample import main as sample
 from entprune_ds.evaluation import fetch, references
-from entprune_ds.evaluation.extractor import Extracted
+from entprune_ds.evaluation.extractor import Extracted, load_own
 from entprune_ds.evaluation.figures import lacking
 from entprune_ds.evaluation.inception import load_inception, load_pytorch_inception
 from entprune_ds.evaluation.npz import member_names, open_member
@@ -50,6 +50,38 @@ class Tuple16(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.flatten(1)[:, :16] / 255, x.mean(dim=[2, 3])[:, :2]
+
+
+class Dictionary(torch.nn.Module):
+    """What many exported networks return."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": x.flatten(1)}
+
+
+class Three(torch.nn.Module):
+    """One tensor too many."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return x, x, x
+
+
+class Fixed(torch.nn.Module):
+    """Images of 16 x 16 only, as a network with a learned position for every patch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(16 * 16 * 3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(1))
+
+
+class Coarse(torch.nn.Module):
+    """Colours in bfloat16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.mean(dim=[2, 3]) / 255).to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +320,25 @@ def test_extractors_of_ones_own(bench, tmp_path):
     by_script = json.loads(out.read_text())
     assert by_script["pruned"]["fid"] == pytest.approx(by_python["pruned"]["fid"], rel=1e-4)
     assert by_script["pruned"]["fid"] > 0
+
+
+def test_torchscript_that_gives_something_else_is_refused_in_one_line(bench, tmp_path, capsys):
+    out, own = tmp_path / "out.json", tmp_path / "own.pt"
+    form = f"`evaluate.extractor`: {own} must return features (n,D), or a tuple (features, logits), got"
+    for net, message in (
+        (Dictionary(), f"{form} dict. Correct it"), (Three(), f"{form} a tuple of 3. Correct it"),
+        (Fixed(), f"`evaluate.extractor`: {own} fails on images [1, 8, 8, 3] (RuntimeError: "),
+    ):  # fmt: skip
+        torch.jit.script(net).save(str(own))
+        error = refused(capsys, words(bench, out, f"evaluate.extractor={own}"))
+        assert message in error and error.strip().count("\n") == 0, error
+    torch.jit.script(Coarse()).save(str(own))
+    found = load_own(own).extract(np.full((2, 8, 8, 3), 51, np.uint8))
+    assert found.features.dtype == np.float32 and found.logits is None
+    np.testing.assert_allclose(found.features, 0.2, rtol=2**-8)
+    torch.jit.script(Tuple16()).save(str(own))
+    both = load_own(own).extract(np.full((2, 8, 8, 3), 51, np.uint8))
+    assert both.features.shape == (2, 16) and both.logits is not None and both.logits.tolist() == [[51, 51]] * 2
 
 
 def test_the_built_in_extractor_on_two_ranks(digits, tmp_path, capsys):
