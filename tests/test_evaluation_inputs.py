@@ -20,7 +20,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from entprune_ds.cli.evaluate import main as evaluate
+from entprune_ds.cli.evaluate_data import model_problem
 from entprune_ds.cli.sample import main as sample
+from entprune_ds.data.shards import write_shards
 from entprune_ds.evaluation import fetch, references
 from entprune_ds.evaluation.extractor import Extracted, load_own
 from entprune_ds.evaluation.figures import lacking
@@ -214,6 +216,42 @@ def test_references_that_do_not_fit_are_refused_before_work_starts(bench, tmp_pa
     np.savez(adm, arr_0=images, mu=np.zeros(16), sigma=np.eye(16))
     assert evaluate(words(bench, out, f"evaluate.reference={adm}")) == 0
     assert {"kid", "precision", "recall"} <= set(json.loads(out.read_text())["pruned"])
+
+
+def shards_of(bench: dict[str, str], folder: Path, names: list[str]) -> Path:
+    """The real pictures as shards of pixels, of so many named classes."""
+    pictures = [np.asarray(Image.open(p)).transpose(2, 0, 1) for p in sorted(Path(bench["real"]).iterdir())]
+    examples = [(f"{i:04d}", np.ascontiguousarray(x), i % len(names), {}) for i, x in enumerate(pictures)]
+    write_shards(examples, folder, 16, {"source": "pictures"}, num_classes=len(names), kind="pixels")
+    (folder / "classes.json").write_text(json.dumps(names))
+    return folder
+
+
+def test_a_reference_of_another_data_set_is_refused(bench, tmp_path, capsys):
+    birds, out = shards_of(bench, tmp_path / "birds", ["crow", "gull", "owl"]), tmp_path / "out.json"
+    stored = tmp_path / "birds.npz"
+    from_shards = [*words(bench, out), "evaluate.reference=", f"data.shards={birds}"]
+    assert evaluate([*from_shards, f"evaluate.save_reference={stored}"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    about = json.loads(str(open_member(stored, "about")))
+    assert (about["num_classes"], about["count"], about["images"]) == (3, 40, str(birds))
+    assert f"images {birds}, count 40, num_classes 3, class_names {about['class_names']}" in shown
+    out.unlink()
+    by_file = [*words(bench, out), f"evaluate.reference={stored}"]
+    more = shards_of(bench, tmp_path / "more", ["a", "b", "c", "d"])
+    other = shards_of(bench, tmp_path / "other", ["crow", "gull", "rose"])
+    error = refused(capsys, [*by_file, f"data.shards={more}"])
+    assert f"{stored} was made from {birds}, images of 3 classes, but `data.shards` ({more}) has 4. Give" in error
+    error = refused(capsys, [*by_file, f"data.shards={other}"])
+    assert f"{stored} was made from {birds}, but the classes of `data.shards` ({other}) have other names. Give" in error
+    five = random_model(tmp_path / "five", input_size=8, in_channels=3, num_classes=5)
+    for command in (by_file, from_shards):
+        error = refused(capsys, [*command, f"weights={five}", "evaluate.samples="])
+        assert f"the real images ({birds}) are of 3 classes, {five} draws 5. Give" in error
+    (other / "classes.json").unlink()  # shards without names, and shards that are gone, may be the same data set
+    for shards in (birds, other, tmp_path / "gone"):
+        assert evaluate([*by_file, f"data.shards={shards}"]) == 0
+    assert model_problem({}, 5, five) is None and model_problem({"num_classes": 3}, 1, five) is None
 
 
 def test_statistics_that_name_no_network_are_taken_for_what_they_may_be(bench, tmp_path, capsys):

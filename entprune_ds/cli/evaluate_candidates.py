@@ -9,6 +9,7 @@ from typing import Any
 
 from entprune_ds import comm
 from entprune_ds.cli.drawing import Drawer, open_drawer, weights_digest
+from entprune_ds.cli.evaluate_data import model_problem, shards_problem
 from entprune_ds.cli.evaluate_inputs import Bench
 from entprune_ds.cli.sample import drawn, protocol_path
 from entprune_ds.config import Config
@@ -52,7 +53,12 @@ def open_candidate(config: Config, weights: Path, samples: str) -> Candidate:
     found = open_weights(weights, assumed=config.model)
     model, step, kept = found.model, found.facts["step"], list(found.model.blocks)
     facts = {"depth": len(model.blocks), "original_depth": model.depth, "kept_blocks": kept}
-    facts |= {"parameters": count_parameters(model), "step": step, "model": str(weights)}
+    facts |= {
+        "parameters": count_parameters(model),
+        "step": step,
+        "model": str(weights),
+        "num_classes": model.num_classes,
+    }
     if not samples:
         drawer = open_drawer(config, weights)
         facts |= {"weights_digest": drawer.protocol["weights_digest"]}
@@ -97,18 +103,22 @@ def choose_metrics(
 
     Raises:
         ValueError: a figure that was asked for cannot be computed, FID among them unless others were asked for, or
-            the samples have another size than the real images.
+            the samples have another size than the real images, or these are of another data set.
     """
     wanted, problems = config.evaluate.metrics, []
     if config.evaluate.save_reference and bench.statistics is not None:
         problems.append(
             "`evaluate.save_reference` needs images, but `evaluate.reference` holds statistics. Leave it out."
         )
+    if bench.statistics is not None and (problem := shards_problem(bench.about, config)):
+        problems.append(problem)
     left_out: dict[str, str] = {}
     for candidate in candidates.values():
         if bench.resolution is not None and candidate.shape[1:] != bench.resolution:
             shapes = f"{list(candidate.shape[1:])}, the real images {list(bench.resolution)} (H,W,C)"
             problems.append(f"samples of {candidate.weights} are {shapes}. They must be of one size.")
+        if problem := model_problem(bench.about, candidate.facts["num_classes"], candidate.weights):
+            problems.append(problem)
         left_out |= lacking(
             bench.probe, candidate.shape[0], bench.reference_rows, bench.spatial_width, config.evaluate.neighbours,
             bench.extractor.name,

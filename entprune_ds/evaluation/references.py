@@ -1,7 +1,8 @@
 """Statistics of real images that samples are compared with: made from images, or read from an npz.
 
 Ours holds mu, sigma (mu_s, sigma_s of the spatial features), features of up to 10,000 images for KID, precision and
-recall, and `about`: JSON with count, resolution, extractor and its digest, resize mode, and a digest of the images.
+recall, and `about`: JSON with count, resolution, extractor and its digest, resize mode, a digest of the images and,
+where they came from shards, the number of classes and a digest of their names.
 ADM's reference batches hold mu, sigma, mu_s, sigma_s, and often arr_0 (10,000 images), and say nothing else. Files of
 clean-fid, pytorch-fid and others hold mu and sigma alone: nothing in them says how the images were resized.
 """
@@ -41,9 +42,14 @@ class Reference:
     """Plain values for the protocol."""
 
 
-def of_images(measured: Measured, name: str, extractor: ImageExtractor) -> Reference:
-    """The reference that measured images are."""
-    about = {
+def of_images(measured: Measured, name: str, extractor: ImageExtractor, data: dict[str, Any]) -> Reference:
+    """The reference that measured images are.
+
+    Args:
+        name: where the images lie.
+        data: what is known of their data set, as plain values.
+    """
+    about = data | {
         "images": name, "count": measured.shape[0], "resolution": list(measured.shape[1:]), "digest": measured.digest,
         "features": min(KEPT, measured.shape[0]), **extractor.description,
     }  # fmt: skip
