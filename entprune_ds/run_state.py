@@ -101,6 +101,8 @@ class Run:
 def open_run(config: Config, arguments: list[str]) -> Run:
     """Build or resume: engine, data cursor, decisions. Collective."""
     roll_back(config)
+    if why := no_grids(config):
+        log.info("%s", why)
     return run_from(config, arguments, find_checkpoint(config.run_dir / "checkpoints", log.warning))
 
 
@@ -130,8 +132,6 @@ def run_from(config: Config, arguments: list[str], found: Checkpoint | None) -> 
     else:
         initialize_fresh(engine, config.run.seed)
     recovery = open_recovery(config, engine, {} if found is None else found.manifest["record"])
-    if why := no_grids(config):
-        log.info("%s", why)
     monitor = open_folder(config, arguments, step, decisions, metrics_bytes)
     run = Run(config, engine, stream, monitor, step=step, decisions=decisions, checks=planned_checks(config))
     run.recovery = recovery
