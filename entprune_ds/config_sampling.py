@@ -32,7 +32,7 @@ class SampleConfig:
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     """Part of the sampling in which guidance acts, from 0 (pure noise) to 1 (data)."""
     vae: str = ""
-    """Decoder of latents: folder or hub name of a diffusers AutoencoderKL; empty for models of pixels."""
+    """Decoder of latents, of a run's grids too: folder or hub name of a diffusers AutoencoderKL; empty: pixels."""
     vae_revision: str = ""
     """Revision of a hub name; recorded with the samples."""
     num_samples: int = 1797

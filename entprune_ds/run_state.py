@@ -27,6 +27,7 @@ from entprune_ds.engine.layer_costs import LayerCosts, costs_as_json, costs_from
 from entprune_ds.engine.state import Piece, write_state
 from entprune_ds.interop.finite import non_finite, non_finite_problem
 from entprune_ds.interop.weights import opened
+from entprune_ds.latent_pictures import LatentDecoder, no_grids
 from entprune_ds.logs import get_logger
 from entprune_ds.loss_guard import LossGuard
 from entprune_ds.monitor.interface import Monitor
@@ -78,6 +79,8 @@ class Run:
     """The words of the command line."""
     fixed_batch: Draws | None = None
     """What the norms of the blocks are measured on, once it has been read."""
+    decoder: LatentDecoder = field(default_factory=LatentDecoder)
+    """Makes pictures of the latents of sample grids."""
 
     @property
     def last_removal(self) -> int | None:
@@ -98,6 +101,8 @@ class Run:
 def open_run(config: Config, arguments: list[str]) -> Run:
     """Build or resume: engine, data cursor, decisions. Collective."""
     roll_back(config)
+    if why := no_grids(config):
+        log.info("%s", why)
     return run_from(config, arguments, find_checkpoint(config.run_dir / "checkpoints", log.warning))
 
 

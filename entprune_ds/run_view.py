@@ -14,8 +14,9 @@ from entprune_ds.config import digest, to_stored
 from entprune_ds.diffusion.sampling import build_sampler
 from entprune_ds.engine.view import ShardedView
 from entprune_ds.environment import commit
-from entprune_ds.evaluation.generate import NoiseAt, generate, make_labels
-from entprune_ds.evaluation.images import save_grid
+from entprune_ds.evaluation.generate import NoiseAt, drawn_batches, make_labels
+from entprune_ds.evaluation.images import save_grid, to_uint8
+from entprune_ds.latent_pictures import no_grids
 from entprune_ds.learning_rate import learning_rate
 from entprune_ds.logs import ProgressLine, get_logger
 from entprune_ds.mac_counter import MacCounter
@@ -84,7 +85,7 @@ def lineage(run: Run) -> dict[str, Any]:
 
 
 def sample_grid(run: Run, name: str, watch: Callable[[int, str], None] = lambda done, text: None) -> None:
-    """Samples of the EMA weights as a PNG; every rank draws its share. Skipped unless there are 1 or 3 channels.
+    """Samples of the EMA weights as a PNG; every rank draws its share, rank 0 decodes latents. Skipped if `no_grids`.
 
     A picture that cannot be drawn or written is a warning: the training goes on.
 
@@ -94,7 +95,7 @@ def sample_grid(run: Run, name: str, watch: Callable[[int, str], None] = lambda 
         watch: called at every evaluation of the model with the pictures that are done over all ranks, and a text.
     """
     config, model = run.config, run.config.model
-    if model.in_channels not in (1, 3):
+    if no_grids(config):
         return
     count = -(-config.sample.grid // comm.world_size()) * comm.world_size()
     labels = make_labels("balanced", count, model.num_classes, config.sample.seed).to(comm.device())
@@ -111,27 +112,27 @@ def sample_grid(run: Run, name: str, watch: Callable[[int, str], None] = lambda 
 
     def draw(noise: Tensor, y: Tensor, noise_at: NoiseAt) -> Tensor:  # (n,C,H,W), (n,) -> (n,C,H,W)
         nonlocal done
-        images = sampler(watched, noise, y, noise_at)
+        found = sampler(watched, noise, y, noise_at)
         done += len(y) * comm.world_size()  # the ranks draw in step
         watch(min(done, config.sample.grid), f"{evaluations} evaluations of the model")
-        diverged.append(not bool(torch.isfinite(images).all()))
-        return torch.nan_to_num(images)
+        diverged.append(not bool(torch.isfinite(found).all()))
+        return torch.nan_to_num(found)
 
-    images = generate(
+    drawn = drawn_batches(
         draw, labels[comm.rank() :: comm.world_size()],
         shape=(model.in_channels, model.input_size, model.input_size), seed=config.sample.seed,
         batch_size=config.sample.batch_size, slots=range(comm.rank(), count, comm.world_size()),
     )  # fmt: skip
-    parts = comm.all_gather(torch.from_numpy(images).to(comm.device()))
+    parts = comm.all_gather(torch.cat(list(drawn)))
     if _on_any_rank(any(diverged)):
         log.warning("step %d: samples contain NaN or infinite values, drawn as 0 in the grid", run.step)
     if comm.is_main():
-        whole = torch.stack(parts, dim=1).flatten(0, 1)[: config.sample.grid].cpu().numpy()
+        whole = torch.stack(parts, dim=1).flatten(0, 1)[: config.sample.grid]
         path = run.folder / "samples" / f"step_{run.step:08d}_{name}.png"
         try:
-            save_grid(whole, path)
-        except ValueError as problem:
-            log.warning("step %d: %s The training goes on.", run.step, problem)
+            save_grid(to_uint8(run.decoder.pictures(whole, config.sample)), path)
+        except (ValueError, torch.OutOfMemoryError) as problem:
+            log.warning("step %d: no sample grid: %s The training goes on.", run.step, " ".join(str(problem).split()))
             return
         run.monitor.image(run.step, f"samples/{name}", path)
 

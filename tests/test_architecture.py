@@ -61,6 +61,7 @@ FLOORS = (
         "estimate_resize",
         "faults",
         "launcher",
+        "latent_pictures",
         "preflight",
         "validation",
         "export",

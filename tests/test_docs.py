@@ -17,6 +17,13 @@ from scipy.io import savemat
 
 from entprune_ds.cli.main import COMMANDS
 from entprune_ds.config import PRESETS, Config, load_config
+from entprune_ds.coordinator import CheckTimes
+from entprune_ds.engine.block_norms import BlockNorms
+from entprune_ds.engine.device_use import memory
+from entprune_ds.engine.resize import ResizeReport
+from entprune_ds.engine.step_parts import PARTS
+from entprune_ds.slow_ranks import RankTime
+from entprune_ds.slow_ranks import summary as rank_summary
 from tests.ranks import ROOT
 from tools import make_api_docs
 
@@ -159,3 +166,38 @@ def test_the_labels_of_flowers_are_made_as_the_document_says(tmp_path, monkeypat
     exec(compile(code, "REPRODUCE.md", "exec"), {})
     made = (tmp_path / "labels.csv").read_text().splitlines()
     assert made == ["path,label", "jpg/image_00001.jpg,76", "jpg/image_00002.jpg,0", "jpg/image_00003.jpg,101"]
+
+
+# ---------------------------------------------------------------- figures of a run
+
+GROUPS = "train|val|data|ranks|prune|score|samples|eval"
+MADE = (  # names whose ends are fields of these
+    *ResizeReport(0.0, 0.0, 0, 0, 0).metrics(),
+    *rank_summary([RankTime("h", 1.0, 1.0, 1.0)]),
+    *(f"train/seconds_{part}" for part in (*PARTS, "other")),
+    *(f"train/{name}/block_NN" for name in BlockNorms._fields),
+    *memory(),
+    *(f"train/validation_loss{suffix}" for suffix in ("", "_ema")),
+    *(f"prune/{part.name}_seconds" for part in dataclasses.fields(CheckTimes)),
+)
+
+
+def figures_of_the_code() -> set[str]:
+    """Names of the figures that the package logs, {} where a value goes."""
+    logged = {text for text in said() if re.fullmatch(rf"({GROUPS})/[a-z{{][\w{{}}/]*", text)}
+    return {text for text in logged if not text.endswith(("/", "_"))} | set(MADE)
+
+
+def named(pattern: str, names: set[str]) -> bool:
+    """Whether a name of the code is among those of a document, which write NN or CAPITALS where a value goes."""
+    form = re.escape(pattern).replace(r"\{\}", r"[\w*]+")
+    return any(re.fullmatch(form, name) for name in names)
+
+
+def test_every_figure_that_is_logged_is_described_and_no_other():
+    described = set(re.findall(rf"`((?:{GROUPS})/[\w*/]+)`", (ROOT / "docs" / "METRICS.md").read_text()))
+    logged = figures_of_the_code()
+    assert len(logged) > 50 and sorted(name for name in logged if not named(name, described)) == []
+    for path in DOCS:
+        for name in re.findall(r"`((?:train|val|prune|ranks)/[a-z_]+)`", path.read_text()):
+            assert any(named(form, {name}) for form in logged), (path.name, name)

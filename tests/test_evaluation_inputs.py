@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -19,8 +20,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from entprune_ds.cli.evaluate import main as evaluate
+from entprune_ds.cli.evaluate_data import model_problem
 from entprune_ds.cli.sample import main as sample
-from entprune_ds.evaluation import fetch
+from entprune_ds.data.shards import write_shards
+from entprune_ds.evaluation import fetch, references
+from entprune_ds.evaluation.extractor import Extracted, load_own
+from entprune_ds.evaluation.figures import lacking
 from entprune_ds.evaluation.inception import load_inception, load_pytorch_inception
 from entprune_ds.evaluation.npz import member_names, open_member
 from tests.ranks import run_ranks
@@ -40,6 +45,45 @@ def extract(images):
 
 EXTRACTOR = ImageExtractor(name="mean colours", extract=extract)
 """
+
+
+class Tuple16(torch.nn.Module):
+    """Features (n,16) and logits (n,2) of images (n,3,H,W), as a user's torchscript file may give them."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.flatten(1)[:, :16] / 255, x.mean(dim=[2, 3])[:, :2]
+
+
+class Dictionary(torch.nn.Module):
+    """What many exported networks return."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": x.flatten(1)}
+
+
+class Three(torch.nn.Module):
+    """One tensor too many."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return x, x, x
+
+
+class Fixed(torch.nn.Module):
+    """Images of 16 x 16 only, as a network with a learned position for every patch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(16 * 16 * 3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(1))
+
+
+class Coarse(torch.nn.Module):
+    """Colours in bfloat16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.mean(dim=[2, 3]) / 255).to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +159,27 @@ def test_figures_carry_what_they_depend_on_and_ranks_change_nothing(bench, tmp_p
     assert found["protocol"]["reference_about"] == about
 
 
+def test_figures_do_not_depend_on_whether_the_reference_was_saved(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(references, "KEPT", 25)  # below the 40 pictures
+    stored, found = tmp_path / "stats.npz", {}
+    assert evaluate(words(bench, tmp_path / "pictures.json", f"evaluate.save_reference={stored}")) == 0
+    assert evaluate(words(bench, tmp_path / "file.json", f"evaluate.reference={stored}")) == 0
+    for name in ("pictures", "file"):
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        about = found[name]["protocol"]["reference_about"]
+        assert (about["count"], about["features"]) == (40, 25)
+    for key in ("fid", "kid", "precision", "recall"):
+        assert found["file"]["pruned"][key] == pytest.approx(found["pictures"]["pruned"][key], rel=1e-9), key
+    with_images = tmp_path / "images.npz"
+    images = np.stack([np.asarray(Image.open(p)) for p in sorted(Path(bench["real"]).iterdir())])
+    np.savez(with_images, arr_0=images, mu=np.zeros(16), sigma=np.eye(16), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
+    assert evaluate(words(bench, tmp_path / "images.json", f"evaluate.reference={with_images}")) == 0
+    by_images = json.loads((tmp_path / "images.json").read_text())
+    assert by_images["protocol"]["reference_about"]["features"] == 25
+    for key in ("kid", "precision", "recall"):
+        assert by_images["pruned"][key] == pytest.approx(found["pictures"]["pruned"][key], rel=1e-9), key
+
+
 def test_references_that_do_not_fit_are_refused_before_work_starts(bench, tmp_path, capsys):
     stored, out = tmp_path / "stats.npz", tmp_path / "out.json"
     assert evaluate(words(bench, tmp_path / "x.json", f"evaluate.save_reference={stored}", "evaluate.mode=clean")) == 0
@@ -153,6 +218,75 @@ def test_references_that_do_not_fit_are_refused_before_work_starts(bench, tmp_pa
     assert {"kid", "precision", "recall"} <= set(json.loads(out.read_text())["pruned"])
 
 
+def shards_of(bench: dict[str, str], folder: Path, names: list[str]) -> Path:
+    """The real pictures as shards of pixels, of so many named classes."""
+    pictures = [np.asarray(Image.open(p)).transpose(2, 0, 1) for p in sorted(Path(bench["real"]).iterdir())]
+    examples = [(f"{i:04d}", np.ascontiguousarray(x), i % len(names), {}) for i, x in enumerate(pictures)]
+    write_shards(examples, folder, 16, {"source": "pictures"}, num_classes=len(names), kind="pixels")
+    (folder / "classes.json").write_text(json.dumps(names))
+    return folder
+
+
+def test_a_reference_of_another_data_set_is_refused(bench, tmp_path, capsys):
+    birds, out = shards_of(bench, tmp_path / "birds", ["crow", "gull", "owl"]), tmp_path / "out.json"
+    stored = tmp_path / "birds.npz"
+    from_shards = [*words(bench, out), "evaluate.reference=", f"data.shards={birds}"]
+    assert evaluate([*from_shards, f"evaluate.save_reference={stored}"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    about = json.loads(str(open_member(stored, "about")))
+    assert (about["num_classes"], about["count"], about["images"]) == (3, 40, str(birds))
+    assert f"images {birds}, count 40, num_classes 3, class_names {about['class_names']}" in shown
+    out.unlink()
+    by_file = [*words(bench, out), f"evaluate.reference={stored}"]
+    more = shards_of(bench, tmp_path / "more", ["a", "b", "c", "d"])
+    other = shards_of(bench, tmp_path / "other", ["crow", "gull", "rose"])
+    error = refused(capsys, [*by_file, f"data.shards={more}"])
+    assert f"{stored} was made from {birds}, images of 3 classes, but `data.shards` ({more}) has 4. Give" in error
+    error = refused(capsys, [*by_file, f"data.shards={other}"])
+    assert f"{stored} was made from {birds}, but the classes of `data.shards` ({other}) have other names. Give" in error
+    five = random_model(tmp_path / "five", input_size=8, in_channels=3, num_classes=5)
+    for command in (by_file, from_shards):
+        error = refused(capsys, [*command, f"weights={five}", "evaluate.samples="])
+        assert f"the real images ({birds}) are of 3 classes, {five} draws 5. Give" in error
+    (other / "classes.json").unlink()  # shards without names, and shards that are gone, may be the same data set
+    for shards in (birds, other, tmp_path / "gone"):
+        assert evaluate([*by_file, f"data.shards={shards}"]) == 0
+    assert model_problem({}, 5, five) is None and model_problem({"num_classes": 3}, 1, five) is None
+
+
+def test_statistics_that_name_no_network_are_taken_for_what_they_may_be(bench, tmp_path, capsys):
+    out, plain, adm = tmp_path / "out.json", tmp_path / "birds_clean_custom.npz", tmp_path / "adm.npz"
+    np.savez(plain, mu=np.zeros(16), sigma=np.eye(16))
+    np.savez(adm, mu=np.zeros(16), sigma=np.eye(16), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
+    assert evaluate(words(bench, out, f"evaluate.reference={plain}", "evaluate.mode=clean")) == 0
+    protocol = json.loads(out.read_text())["protocol"]
+    assert protocol["resize_mode"] == "clean"
+    about = protocol["reference_about"]
+    assert [about[key] for key in ("count", "extractor", "resize_mode")] == ["not recorded"] * 3
+    out.unlink()
+    own = tmp_path / "own.pt"
+    torch.jit.script(Tuple16()).save(str(own))
+    for path in (plain, adm):
+        error = refused(capsys, words(bench, out, f"evaluate.reference={path}", f"evaluate.extractor={own}"))
+        assert f"{path} does not say which network made it" in error and "evaluate.save_reference" in error
+
+
+def test_samples_of_another_model_are_refused(bench, tmp_path, capsys):
+    other = random_model(tmp_path / "other", seed=1, input_size=8, in_channels=3)  # the same blocks and step
+    error = refused(capsys, words(bench, tmp_path / "out.json", f"weights={other}"))
+    assert f"was drawn from {bench['model']} with weights" in error and f"{other} holds weights" in error
+    fewer = random_model(tmp_path / "fewer", kept=(1,), input_size=8, in_channels=3)
+    error = refused(capsys, words(bench, tmp_path / "out.json", f"weights={fewer}"))
+    assert "was drawn from blocks [0, 2] at step 7" in error
+    moved = shutil.copytree(bench["model"], tmp_path / "moved")
+    base = [f"evaluate.baseline={bench['model']}", f"evaluate.baseline_samples={bench['samples']}"]
+    assert evaluate(words(bench, tmp_path / "out.json", f"weights={moved}", *base)) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [found[side]["model"] for side in ("base", "pruned")] == [bench["model"], str(moved)]
+    drawn = json.loads(Path(bench["samples"]).with_name("samples_protocol.json").read_text())
+    assert {found[side]["weights_digest"] for side in ("base", "pruned")} == {drawn["weights_digest"]}
+
+
 def test_wrong_networks_and_settings_are_refused(bench, tmp_path, capsys):
     out, text = tmp_path / "out.json", tmp_path / "net.pt"
     text.write_text("no network")
@@ -188,6 +322,24 @@ def test_wrong_networks_and_settings_are_refused(bench, tmp_path, capsys):
         assert message in refused(capsys, words(bench, out, f"evaluate.samples={samples}"))
 
 
+def test_sets_too_small_for_the_neighbours_are_known_before_anything_is_drawn(bench, tmp_path, capsys):
+    out, own = tmp_path / "out.json", tmp_path / "own.py"
+    own.write_text(OWN)
+    drawing = [f"evaluate.extractor={own}", "evaluate.samples=", "sample.num_samples=10", "evaluate.neighbours=20"]
+    why = "21 samples and reference images or more are needed for 20 neighbours, got 10 and 40"
+    asked = refused(capsys, words(bench, out, *drawing, "evaluate.metrics=[fid,precision_recall]"))
+    assert f"`evaluate.metrics`: precision_recall: {why}." in asked
+    assert evaluate(words(bench, out, *drawing)) == 0
+    found = json.loads(out.read_text())
+    assert found["protocol"]["not_measured"]["precision_recall"] == why and found["pruned"]["fid"] > 0
+    few = lacking(Extracted(np.zeros((1, 3))), 5, 1, None, 3, "e")
+    assert "2 samples and reference images or more are needed, got 5 and 1" in few["kid"]
+    assert "4 samples and reference images or more" in few["precision_recall"] and "fid" not in few
+    none = lacking(Extracted(np.zeros((1, 3))), 5, 0, None, 3, "e")
+    assert none["kid"] == none["precision_recall"] == "the reference holds neither features nor images"
+    assert not {"kid", "precision_recall"} & set(lacking(Extracted(np.zeros((1, 3))), 5, 4, None, 3, "e"))
+
+
 def test_extractors_of_ones_own(bench, tmp_path):
     out, own = tmp_path / "out.json", tmp_path / "own.py"
     own.write_text(OWN)
@@ -206,6 +358,25 @@ def test_extractors_of_ones_own(bench, tmp_path):
     by_script = json.loads(out.read_text())
     assert by_script["pruned"]["fid"] == pytest.approx(by_python["pruned"]["fid"], rel=1e-4)
     assert by_script["pruned"]["fid"] > 0
+
+
+def test_torchscript_that_gives_something_else_is_refused_in_one_line(bench, tmp_path, capsys):
+    out, own = tmp_path / "out.json", tmp_path / "own.pt"
+    form = f"`evaluate.extractor`: {own} must return features (n,D), or a tuple (features, logits), got"
+    for net, message in (
+        (Dictionary(), f"{form} dict. Correct it"), (Three(), f"{form} a tuple of 3. Correct it"),
+        (Fixed(), f"`evaluate.extractor`: {own} fails on images [1, 8, 8, 3] (RuntimeError: "),
+    ):  # fmt: skip
+        torch.jit.script(net).save(str(own))
+        error = refused(capsys, words(bench, out, f"evaluate.extractor={own}"))
+        assert message in error and error.strip().count("\n") == 0, error
+    torch.jit.script(Coarse()).save(str(own))
+    found = load_own(own).extract(np.full((2, 8, 8, 3), 51, np.uint8))
+    assert found.features.dtype == np.float32 and found.logits is None
+    np.testing.assert_allclose(found.features, 0.2, rtol=2**-8)
+    torch.jit.script(Tuple16()).save(str(own))
+    both = load_own(own).extract(np.full((2, 8, 8, 3), 51, np.uint8))
+    assert both.features.shape == (2, 16) and both.logits is not None and both.logits.tolist() == [[51, 51]] * 2
 
 
 def test_the_built_in_extractor_on_two_ranks(digits, tmp_path, capsys):

@@ -14,6 +14,7 @@ from PIL import Image
 from entprune_ds.cli import report as report_cli
 from entprune_ds.monitor import activity_plots, runs_page, runs_plots
 from entprune_ds.monitor.activity_section import late_median
+from entprune_ds.monitor.numbers import MISSING
 from entprune_ds.monitor.report import build_report
 from entprune_ds.monitor.run_folder import read_run_folder
 from tests.test_monitor import HOSTILE, Page, decision_row, write_run
@@ -96,6 +97,30 @@ def test_the_report_says_where_the_time_goes(tmp_path):
     assert f"{np.median(late) * 1e3:.1f}" in page.text
 
 
+def test_the_report_shows_slow_ranks_and_the_latency_table(tmp_path):
+    looks = [(200, 3, 1.1), (400, 1, 1.2), (600, 3, 1.75), (800, 3, None)]  # the last one is damaged
+    ranks = [
+        {"step": step, "ranks/slowest": slow, "ranks/slowest_ratio": ratio, "ranks/data_seconds": 0.002,
+         "ranks/data_seconds_max": 0.004, "ranks/compute_seconds": 0.08, "ranks/compute_seconds_max": 0.13}
+        for step, slow, ratio in looks
+    ]  # fmt: skip
+    row = {"depth": 4, "parameters": 675_000_000, "macs": 118_600_000_000, "batch": 64, "precision": "bf16",
+           "compile": True, "median_ms": 12.5, "p10_ms": 12.25, "p90_ms": 13.5, "images_per_second": 5120.0,
+           "speedup": 1.875}  # fmt: skip
+    folder = write_rich(tmp_path / "demo", rich_rows() + ranks)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps(evaluation | {"latency_table": [row, 3, {"depth": HOSTILE}]}))
+    page = Page(build_report(folder))
+    assert "Rank 3 was the slowest at 2 of 3 looks" in page.text and "at most 1.75 times as long" in page.text
+    assert "waiting for data24" in page.text and "forward, backward, optimizer80130" in page.text
+    assert "464bf16yes675 M119 G12.512.213.55,1201.88" in page.text and "script" not in page.tags
+    for rows in ([], 3, None):
+        (folder / "evaluation.json").write_text(json.dumps(evaluation | {"latency_table": rows}))
+        assert "Latency of a forward pass" not in Page(build_report(folder)).text
+    alone = [{"step": 200, "ranks/slowest": 0, "ranks/slowest_ratio": 1.0, "ranks/data_seconds": 0.1}]
+    assert "Ranks beside each other" not in Page(build_report(write_rich(tmp_path / "one", rich_rows() + alone))).text
+
+
 CONFIG = "run: {{name: {0}}}\ntrain:\n  learning_rate: {1}\n  betas: [0.9, 0.999]\nprune:\n  criterion: {2}\n"
 
 
@@ -104,7 +129,14 @@ def two_runs(root: Path) -> list[Path]:
     slow = [decision_row(step=300, dropped=(1,)), decision_row(1, 400, (0, 2, 3), (3,), score_only=True)]
     b = write_rich(root / "y" / "demo", rich_rows(1, 400, 2.0), CONFIG.format("b", 0.0002, "ced"), decisions=slow)
     evaluation = json.loads((b / "evaluation.json").read_text())
-    evaluation["pruned"] |= {"fid": 6.5, "kid": None}
+    evaluation["pruned"] |= {
+        "fid": 6.5,
+        "kid": None,
+        "sfid": 9.25,
+        "inception_score": 41.5,
+        "precision": 0.75,
+        "recall": 0.5,
+    }
     (b / "evaluation.json").write_text(json.dumps(evaluation))
     return [a, b]
 
@@ -124,6 +156,8 @@ def test_runs_are_compared_on_one_page(tmp_path, capsys):
     assert not {"script", "link", "iframe", "form"} & set(page.tags)
     runs = dict(zip(["a", "b"], map(read_run_folder, (a, b)), strict=True))
     rows = {row[0]: row[1:] for row in runs_page.final_rows(runs)}
+    shown = {"sFID": "9.250", "Inception score": "41.50", "precision": "0.7500", "recall": "0.5000"}
+    assert {name: rows[name] for name in shown} == {name: (MISSING, value) for name, value in shown.items()}
     assert "KID, whole set" not in rows and rows["parameters"] == ("617 k", "617 k")
     slow, fast = (float(rows["ms a step, median of the later half"][i]) for i in (1, 0))
     assert slow > 1.5 * fast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -79,7 +80,7 @@ class Slow(NullMonitor):
 
 def queued(client, seconds=30.0):
     ended = []
-    monitor = sender.QueuedMonitor(lambda: client, get_logger(), seconds, abandon=lambda: ended.append(1))
+    monitor = sender.QueuedMonitor(lambda: client, get_logger(), seconds, lambda: ended.append(1), Path("run/wandb"))
     return monitor, ended
 
 
@@ -134,6 +135,7 @@ def test_a_client_that_never_returns_is_left_behind_in_time(said):
     monitor.finish()
     assert 0.25 < time.monotonic() - start < 5 and ended == [1]
     assert "is left behind" in said.text and "missed 2 rows" in said.text
+    assert "`wandb sync --include-online run/wandb/latest-run`" in said.text
     client.go.set()
 
 
@@ -186,6 +188,8 @@ def test_a_service_that_hangs_neither_slows_the_run_nor_its_end(wandb_home, monk
     monitor.finish()
     assert time.monotonic() - start < 10
     assert "is left behind" in said.text and not services()
+    (named,) = re.findall("`wandb sync --include-online (.*)`", said.text)
+    assert list(Path(named).glob("*.wandb")) == list((run_dir / "wandb" / "latest-run").glob("*.wandb")) != []
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 50 + 3001
     import wandb
 
@@ -231,3 +235,29 @@ def test_offline_folders_of_a_resumed_run_sync_as_one_run(wandb_home, monkeypatc
     assert len(tables) == 2  # scores and vote
     assert received.artifacts["model", "run_depth_2"] == facts
     assert len(list(run_dir.glob("wandb/offline-run-*/*.synced"))) == 2
+
+
+@pytest.mark.full
+def test_what_an_online_run_could_not_send_is_sent_from_the_folder_that_the_warning_names(wandb_home, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dir = write_run(wandb_home / "run")
+    monitor = metrics.open_monitor(Config(), run_dir, enabled=True)
+    for step in range(3):
+        monitor.log(step, {"train/loss": 1.0})
+    monitor.finish()
+    import wandb
+
+    wandb.teardown()
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    online = folder.rename(folder.with_name(folder.name.removeprefix("offline-")))  # by its name the client knows it
+    latest = run_dir / "wandb" / "latest-run"
+    latest.unlink()
+    latest.symlink_to(online.name)
+    with wandb_server() as (address, received):
+        told = {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY, "HOME": str(wandb_home)}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | told
+        command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(latest)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0 and "rror" not in done.stderr, done.stderr
+    (rows,) = received.history.values()
+    assert [row["step"] for _, row in sorted(rows.items())] == [0, 1, 2]

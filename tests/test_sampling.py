@@ -32,13 +32,13 @@ from tests.tiny import MODEL
 TINY = ["sample.num_samples=23", "sample.batch_size=2", "sample.num_steps=3", "sample.cfg_scale=2"]
 
 
-def random_model(folder: Path, kept: tuple[int, ...] = (0, 2), **model: object) -> Path:
+def random_model(folder: Path, kept: tuple[int, ...] = (0, 2), seed: int = 0, **model: object) -> Path:
     """An export of a tiny model with random weights, so that labels and time matter."""
     config = replace(MODEL, kept_blocks=kept, **model)  # type: ignore[arg-type]
     shapes = parameter_shapes(config)
 
     def read(name: str) -> torch.Tensor:
-        return 0.2 * torch.randn(shapes[name], generator=generator_for(0, name))
+        return 0.2 * torch.randn(shapes[name], generator=generator_for(seed, name))
 
     return write_export(folder, Source(config, read, {"weights": "ema", "step": 7}))
 

@@ -17,12 +17,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from entprune_ds.cli import sample
+from entprune_ds.data.shards import write_shards
+from entprune_ds.evaluation.images import save_grid
 from entprune_ds.interop.safetensors import write_export
 from entprune_ds.interop.vae import WEIGHTS, load_vae
+from tests.ranks import run_ranks
 from tests.test_diffusers import TINY, random_source, tiny_vae
+from tests.test_training import TINY as TINY_RUN
 
 
 @pytest.fixture
@@ -188,3 +193,33 @@ def test_a_missing_extra_is_named(folder, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=r"pip install 'entprune_ds\[vae\]'"):
         load_vae(str(folder))
+
+
+def test_a_run_of_latents_decodes_its_sample_grids_and_says_how_to_get_them(folder, tmp_path):
+    """The final grid is what `sample` draws from the exported model; a VAE that does not fit costs grids only."""
+    generator = torch.Generator().manual_seed(0)
+    latents = ((f"{i:03d}", torch.randn(4, 8, 8, generator=generator).numpy(), i % 10, {}) for i in range(64))
+    write_shards(latents, tmp_path / "data", 8, {"source": "noise"}, num_classes=10)
+    own = ["model.in_channels=4", "train.num_steps=2", "train.validate_every=0", "prune.target_depth=null"]
+    common = [*TINY_RUN, *own, f"data.shards={tmp_path}/data", f"run.root={tmp_path}", "monitor.sample_every=1"]
+    wrong = tiny_vae(tmp_path / "wrong", channels=3)
+    runs = [[*common, f"run.name={name}", *more] for name, more in (
+        ("decoded", [f"sample.vae={folder}"]), ("bare", []), ("wrong", [f"sample.vae={wrong}"]),
+    )]  # fmt: skip
+    said = run_ranks("tests.workers.training:train_and_hear", 2, runs=runs)
+    assert [[status for status, _ in rank] for rank in said] == [[0, 0, 0]] * 2
+    decoded, bare, other = (text for _, text in said[0])
+    grids = ["step_00000001_training.png", "step_00000002_final.png", "step_00000002_training.png"]
+    assert sorted(p.name for p in (tmp_path / "decoded" / "samples").iterdir()) == grids
+    assert "no sample grids" not in decoded and not list((tmp_path / "bare").glob("samples/*"))
+    assert bare.count("no sample grids: the model makes latents of 4 channels") == 1 and "sample.vae=FOLDER" in bare
+    assert other.count("decodes 3 channels, the model makes 4") == 3 and not list(tmp_path.glob("wrong/samples/*"))
+
+    out, settings = tmp_path / "s.npz", ["sample.num_samples=4", "sample.labels=balanced"]
+    assert sample.main([f"run={tmp_path}/decoded", f"out={out}", *settings]) == 0
+    save_grid(np.load(out)["arr_0"], tmp_path / "expected.png")
+    drawn, expected = (
+        np.asarray(Image.open(p)).astype(int)
+        for p in (tmp_path / "decoded" / "samples" / grids[1], tmp_path / "expected.png")
+    )
+    assert drawn.shape == expected.shape and np.abs(drawn - expected).max() <= 1 and expected.std() > 5

@@ -213,6 +213,9 @@ COLUMNS = {
 BESIDE = ("reference", "reference_about", "extractor_test_accuracy", "not_measured", "drawn", "num_samples")
 """What of a protocol has a line of its own, or none."""
 
+OF_THE_REFERENCE = ("images", "count", "num_classes", "class_names", "resolution", "digest", "features", "resize_mode")
+"""What of the reference is printed beside the figures."""
+
 
 def show(result: dict[str, Any]) -> None:
     """Print the figures as a table, and below it what they depend on."""
@@ -237,6 +240,10 @@ def show(result: dict[str, Any]) -> None:
         text = ", ".join(f"{v:.2f}x ({spread[b]}) at batch {b}" for b, v in result["speedup"].items())
         console.print(f"measured speed-up, median (interquartile range) of paired repeats: {text}")
     console.print(", ".join(f"{key} {value}" for key, value in protocol.items() if key not in BESIDE), highlight=False)
+    about = protocol.get("reference_about", {})
+    console.print(
+        "real images: " + ", ".join(f"{k} {about[k]}" for k in OF_THE_REFERENCE if k in about), highlight=False
+    )
     if "extractor_test_accuracy" in protocol:
         console.print(f"test accuracy of the extractor: {protocol['extractor_test_accuracy']:.4f}")
     for name, why in protocol.get("not_measured", {}).items():

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from entprune_ds import comm
-from entprune_ds.cli.drawing import Drawer, open_drawer
+from entprune_ds.cli.drawing import Drawer, open_drawer, weights_digest
+from entprune_ds.cli.evaluate_data import model_problem, shards_problem
 from entprune_ds.cli.evaluate_inputs import Bench
 from entprune_ds.cli.sample import drawn, protocol_path
 from entprune_ds.config import Config
@@ -16,6 +17,7 @@ from entprune_ds.config_checks_evaluation import METRICS
 from entprune_ds.evaluation.figures import lacking
 from entprune_ds.evaluation.measure import Measured, measure
 from entprune_ds.evaluation.sources import ImageSource, from_parts, open_images, own_range
+from entprune_ds.interop.source import model_on_file
 from entprune_ds.interop.weights import open_weights
 from entprune_ds.logs import progress
 from entprune_ds.models.registry import count_parameters
@@ -29,7 +31,7 @@ class Candidate:
     weights: Path
     protocol: dict[str, Any]
     facts: dict[str, Any]
-    """Depth, blocks, parameters and step."""
+    """Depth, blocks, parameters, step, and which weights they are."""
     source: ImageSource | None
     drawer: Drawer | None
 
@@ -51,14 +53,25 @@ def open_candidate(config: Config, weights: Path, samples: str) -> Candidate:
     found = open_weights(weights, assumed=config.model)
     model, step, kept = found.model, found.facts["step"], list(found.model.blocks)
     facts = {"depth": len(model.blocks), "original_depth": model.depth, "kept_blocks": kept}
-    facts |= {"parameters": count_parameters(model), "step": step}
+    facts |= {
+        "parameters": count_parameters(model),
+        "step": step,
+        "model": str(weights),
+        "num_classes": model.num_classes,
+    }
     if not samples:
         drawer = open_drawer(config, weights)
+        facts |= {"weights_digest": drawer.protocol["weights_digest"]}
         return Candidate(weights, drawer.protocol, facts, None, drawer)
     protocol = read_protocol(protocol_path(Path(samples)))
     if (protocol["step"], protocol["kept_blocks"]) != (step, kept):
         words = f"{samples} was drawn from blocks {protocol['kept_blocks']} at step {protocol['step']}"
         held = f"{weights} holds {kept} at step {step}"
+        raise ValueError(f"{words}, but {held}. Run `entprune-ds sample` again.")
+    facts |= {"weights_digest": weights_digest(model_on_file(found))}
+    if protocol["weights_digest"] != facts["weights_digest"]:  # the same blocks and step, but of another training
+        words = f"{samples} was drawn from {protocol['model']} with weights {protocol['weights_digest']}"
+        held = f"{weights} holds weights {facts['weights_digest']}"
         raise ValueError(f"{words}, but {held}. Run `entprune-ds sample` again.")
     source = open_images(Path(samples))
     if source.shape[0] != protocol["num_samples"]:
@@ -77,7 +90,8 @@ def read_protocol(path: Path) -> dict[str, Any]:
         protocol = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}). Run `entprune-ds sample` again.") from error
-    if not isinstance(protocol, dict) or not {"step", "kept_blocks", "num_samples"} <= set(protocol):
+    needed = {"step", "kept_blocks", "num_samples", "model", "weights_digest"}
+    if not isinstance(protocol, dict) or not needed <= set(protocol):
         raise ValueError(f"{path} is not the protocol of samples. Run `entprune-ds sample` again.")
     return protocol
 
@@ -89,21 +103,26 @@ def choose_metrics(
 
     Raises:
         ValueError: a figure that was asked for cannot be computed, FID among them unless others were asked for, or
-            the samples have another size than the real images.
+            the samples have another size than the real images, or these are of another data set.
     """
     wanted, problems = config.evaluate.metrics, []
     if config.evaluate.save_reference and bench.statistics is not None:
         problems.append(
             "`evaluate.save_reference` needs images, but `evaluate.reference` holds statistics. Leave it out."
         )
+    if bench.statistics is not None and (problem := shards_problem(bench.about, config)):
+        problems.append(problem)
     left_out: dict[str, str] = {}
     for candidate in candidates.values():
         if bench.resolution is not None and candidate.shape[1:] != bench.resolution:
             shapes = f"{list(candidate.shape[1:])}, the real images {list(bench.resolution)} (H,W,C)"
             problems.append(f"samples of {candidate.weights} are {shapes}. They must be of one size.")
+        if problem := model_problem(bench.about, candidate.facts["num_classes"], candidate.weights):
+            problems.append(problem)
         left_out |= lacking(
-            bench.probe, candidate.shape[0], bench.has_features, bench.spatial_width, bench.extractor.name
-        )
+            bench.probe, candidate.shape[0], bench.reference_rows, bench.spatial_width, config.evaluate.neighbours,
+            bench.extractor.name,
+        )  # fmt: skip
     needed = wanted or ("fid",)
     problems += [f"`evaluate.metrics`: {name}: {why}." for name, why in left_out.items() if name in needed]
     if problems:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from entprune_ds import comm
+from entprune_ds.cli.evaluate_data import data_of
 from entprune_ds.config import Config
 from entprune_ds.data.index import Index, check_shards, load_index
 from entprune_ds.data.reader import read_shard
@@ -22,6 +23,7 @@ from entprune_ds.evaluation.inception import load_inception, load_pytorch_incept
 from entprune_ds.evaluation.measure import check_extracted, measure
 from entprune_ds.evaluation.npz import member_names, member_shape
 from entprune_ds.evaluation.references import (
+    KEPT,
     Reference,
     holds_statistics,
     load_reference,
@@ -52,11 +54,17 @@ class Bench:
     """A file of statistics instead of `whole`; its own images, if any, are `images["whole"]`."""
     description: str
     """What the reference is, in words."""
+    about: dict[str, Any]
+    """What is known of the images before they are measured: where they lie (`images`), and of which data set."""
 
     @property
-    def has_features(self) -> bool:
-        """Whether there will be features of real images."""
-        return bool(self.images) or (self.statistics is not None and "features" in member_names(self.statistics))
+    def reference_rows(self) -> int:
+        """Features of real images that there will be."""
+        if self.images:
+            return min(KEPT, self.images["whole"].shape[0])
+        assert self.statistics is not None
+        held = "features" in member_names(self.statistics)
+        return min(KEPT, member_shape(self.statistics, "features")[0]) if held else 0
 
     @property
     def spatial_width(self) -> int | None:
@@ -70,7 +78,8 @@ class Bench:
         seen = {name: measure(source, self.extractor, batch_size) for name, source in self.images.items()}
         if self.statistics is not None:
             return {"whole": load_reference(self.statistics, seen.get("whole"))}
-        return {name: of_images(found, self.images[name].name, self.extractor) for name, found in seen.items()}
+        data = {key: value for key, value in self.about.items() if key != "images"}
+        return {name: of_images(found, self.images[name].name, self.extractor, data) for name, found in seen.items()}
 
 
 def open_bench(config: Config, cache: Path) -> Bench:
@@ -86,9 +95,10 @@ def open_bench(config: Config, cache: Path) -> Bench:
         return _digits_bench(config, cache)
     extractor = _extractor(config, cache)
     spec, path = config.evaluate.reference, Path(config.evaluate.reference)
-    statistics, images = None, {}
+    statistics, images, data = None, {}, dict[str, Any]()
     if not spec:
-        images["whole"] = shard_images(config)
+        index = load_index(config.data.shards, config.data.allow_pipe)
+        images["whole"], data = shard_images(index), data_of(index)
     elif path.is_dir():
         images["whole"] = open_images(path)
     elif not path.is_file():
@@ -110,9 +120,12 @@ def open_bench(config: Config, cache: Path) -> Bench:
         problems = [f"`evaluate.reference`: {message}Use {width + 1} or more."]
     if problems:
         raise ValueError("\n".join(problems))
-    about = read_about(path) if statistics is not None else {"count": images["whole"].shape[0]}
-    name = str(path) if spec else images["whole"].name
-    return Bench(extractor, probe, resolution, images, statistics, f"{about['count']} images: {name}")
+    if statistics is not None:
+        about = read_about(path)
+        return Bench(extractor, probe, resolution, images, statistics, f"{about['count']} images: {path}", about)
+    whole = images["whole"]
+    about = data | {"images": whole.name}
+    return Bench(extractor, probe, resolution, images, None, f"{whole.shape[0]} images: {whole.name}", about)
 
 
 def _probe(extractor: ImageExtractor, shape: tuple[int, ...]) -> Extracted:
@@ -135,8 +148,8 @@ def _digits_bench(config: Config, cache: Path) -> Bench:
     whole = np.concatenate([images, val_images])
     sources = {"whole": from_array(whole, name=str(folder)), "validation": from_array(val_images, name="validation")}
     about = f"{len(whole)} images, of which {len(val_images)} validation: {folder.parent}"
-    found = digits_extractor(extractor)
-    return Bench(found, found.extract(whole[:1]), whole.shape[1:], sources, None, about)
+    found, data = digits_extractor(extractor), {"images": str(folder), "num_classes": 10}  # others were refused
+    return Bench(found, found.extract(whole[:1]), whole.shape[1:], sources, None, about, data)
 
 
 def _extractor(config: Config, cache: Path) -> ImageExtractor:
@@ -198,13 +211,12 @@ def real_images(config: Config, cache: Path) -> tuple[np.ndarray, np.ndarray, Ex
     return images, val_images, extractor, index.folder
 
 
-def shard_images(config: Config) -> ImageSource:
+def shard_images(index: Index) -> ImageSource:
     """The images of data.shards, read shard by shard; every rank takes shards that follow one another.
 
     Raises:
         ValueError: shards that are missing, or hold no images.
     """
-    index = load_index(config.data.shards, config.data.allow_pipe)
     if missing := check_shards(index, checksums=False):
         raise ValueError("\n".join(missing))
     if index.kind != "pixels" and not (index.kind == "latents" and index.shape[0] in (1, 3)):

@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ import torch
 from entprune_ds import comm
 from entprune_ds.atomic import file_sha256
 from entprune_ds.user_file import object_of_file
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,32 @@ def load_own(path: Path) -> ImageExtractor:
         why = str(error).strip().splitlines()[-1]
         raise ValueError(f"`evaluate.extractor`: {path} is no torchscript file ({why}). See torch.jit.save.") from error
 
-    def extract(images: np.ndarray) -> Extracted:
+    def run(images: np.ndarray) -> object:
         with torch.inference_mode():
-            found = net(to_float(images))
-        features, logits = found if isinstance(found, tuple) else (found, None)
-        return Extracted(features.cpu().numpy(), logits=None if logits is None else logits.cpu().numpy())
+            return net(to_float(images))
 
-    return ImageExtractor(f"torchscript {path.name}", extract, digest)
+    answer = _guarded(path, run)
+    return ImageExtractor(f"torchscript {path.name}", lambda images: _extracted(path, answer(images)), digest)
+
+
+def _extracted(path: Path, found: object) -> Extracted:
+    """What a torchscript file returned, as arrays.
+
+    Raises:
+        ValueError: it is neither features nor a pair of features and logits.
+    """
+    features, *others = found if isinstance(found, tuple) and found else (found,)
+    logits = others[0] if others else None
+    if not isinstance(features, torch.Tensor) or not isinstance(logits, torch.Tensor | None) or len(others) > 1:
+        got = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
+        message = f"`evaluate.extractor`: {path} must return features (n,D), or a tuple (features, logits), got {got}. "
+        raise ValueError(message + "Correct it, or give a .py file.")
+    return Extracted(_array(features), logits=None if logits is None else _array(logits))
+
+
+def _array(found: torch.Tensor) -> np.ndarray:
+    """f32 or f64: numpy has no bfloat16, and half precision is too coarse for covariances."""
+    return found.to(torch.promote_types(found.dtype, torch.float32)).cpu().numpy()
 
 
 def to_float(images: np.ndarray) -> torch.Tensor:
@@ -108,14 +130,22 @@ def to_float(images: np.ndarray) -> torch.Tensor:
 def _from_python(path: Path, digest: str) -> ImageExtractor:
     example = "evaluation/extractor.py shows"
     found = object_of_file(path, "EXTRACTOR", ImageExtractor, "evaluate.extractor", example)
+    return replace(found, extract=_guarded(path, found.extract), digest=found.digest or digest)
 
-    def guarded(images: np.ndarray) -> Extracted:
+
+def _guarded(path: Path, call: Callable[[np.ndarray], T]) -> Callable[[np.ndarray], T]:
+    """The code of a user's file, whatever it raises told as one line."""
+
+    def guarded(images: np.ndarray) -> T:
         try:
-            return found.extract(images)
+            return call(images)
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            why = f"{type(error).__name__}: {error}, {place.filename}, line {place.lineno}"
-            message = f"`evaluate.extractor`: {path} fails on images {list(images.shape)} ({why}). Correct it."
-            raise ValueError(message) from error
+            if path.suffix == ".py":
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                why = f"{' '.join(str(error).split())}, {frame.filename}, line {frame.lineno}"
+            else:
+                why = (str(error).strip().splitlines() or [""])[-1]  # above it stands torchscript's own traceback
+            message = f"`evaluate.extractor`: {path} fails on images {list(images.shape)} "
+            raise ValueError(message + f"({type(error).__name__}: {why}). Correct it.") from error
 
-    return replace(found, extract=guarded, digest=found.digest or digest)
+    return guarded

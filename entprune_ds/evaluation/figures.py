@@ -16,21 +16,26 @@ from entprune_ds.evaluation.scores import inception_score, precision_recall
 
 
 def lacking(
-    probe: Extracted, count: int, has_features: bool, spatial_width: int | None, extractor: str
+    probe: Extracted, count: int, reference_rows: int, spatial_width: int | None, neighbours: int, extractor: str
 ) -> dict[str, str]:
     """Which figures cannot be computed, and why; known before any image is drawn.
 
     Args:
         probe: what the extractor says of one image.
         count: samples.
-        has_features: whether features of reference images are at hand.
+        reference_rows: features of reference images that will be at hand, 0 where the reference holds none.
         spatial_width: of the reference's spatial statistics, where it has them.
+        neighbours: of precision and recall.
     """
     found, width = {}, probe.features.shape[1]
     if count <= width:
         found["fid"] = f"{width + 1} samples or more are needed for {width} features, got {count}"
-    if not has_features:
+    if not reference_rows:
         found["kid"] = found["precision_recall"] = "the reference holds neither features nor images"
+    for name, least, why in (("kid", 2, ""), ("precision_recall", neighbours + 1, f" for {neighbours} neighbours")):
+        if reference_rows and min(count, reference_rows) < least:
+            got = f"got {count} and {reference_rows}"
+            found[name] = f"{least} samples and reference images or more are needed{why}, {got}"
     if probe.spatial is None:
         found["sfid"] = f"{extractor} gives no spatial features"
     elif spatial_width != probe.spatial.shape[1]:

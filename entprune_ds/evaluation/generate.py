@@ -5,7 +5,7 @@ Every sample has its own noise stream, so neither the batch size nor the number 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -51,26 +51,50 @@ def generate(
 ) -> np.ndarray:
     """Draw one image per label.
 
-    The noise is the same to the bit for every batch size and every split over ranks. The images are too, as far as
-    `sample_fn` treats examples independently; matrix kernels may round differently at another batch size.
-
     Args:
-        sample_fn: maps (noise (n,C,H,W) f32, labels (n,) i64, noise_at) to images (n,C',H',W') in [-1, 1];
-            a model of latents decodes in here.
-        labels: (N,) i64; noise is put on the same device.
-        shape: (C, H, W) of the noise.
-        seed: seed of the noise.
-        batch_size: samples drawn together.
-        slots: index of each label in the whole set; None means 0..N-1. Rank r of R passes labels[r::R] and
-            range(r, total, R).
+        sample_fn: as in `drawn_batches`, but its images are in [-1, 1]: a model of latents decodes in there.
+        labels, shape, seed, batch_size, slots: as in `drawn_batches`.
         on_batch: called with the number of finished samples after every batch.
 
     Returns:
         uint8 (N, H', W', C').
 
     Raises:
-        ValueError: empty or wrong labels, slots of another length, a batch size below 1, or samples of
-            another shape or not finite.
+        ValueError: as `drawn_batches`, or samples that are not finite.
+    """
+    images: list[np.ndarray] = []
+    for batch in drawn_batches(sample_fn, labels, shape=shape, seed=seed, batch_size=batch_size, slots=slots):
+        images.append(to_uint8(batch))  # [-1, 1] -> uint8 NHWC
+        if on_batch is not None:
+            on_batch(sum(map(len, images)))
+    return np.concatenate(images)
+
+
+def drawn_batches(
+    sample_fn: SampleFn,
+    labels: Tensor,
+    *,
+    shape: tuple[int, int, int],
+    seed: int,
+    batch_size: int,
+    slots: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
+    """Draw one sample per label, and hand them out as they come, (n,C',H',W').
+
+    The noise is the same to the bit for every batch size and every split over ranks. The samples are too, as far as
+    `sample_fn` treats examples independently; matrix kernels may round differently at another batch size.
+
+    Args:
+        sample_fn: maps (noise (n,C,H,W) f32, labels (n,) i64, noise_at) to samples (n,C',H',W').
+        labels: (N,) i64; noise is put on the same device.
+        shape: (C, H, W) of the noise.
+        seed: seed of the noise.
+        batch_size: samples drawn together.
+        slots: index of each label in the whole set; None means 0..N-1. Rank r of R passes labels[r::R] and
+            range(r, total, R).
+
+    Raises:
+        ValueError: empty or wrong labels, slots of another length, a batch size below 1, or samples of another shape.
     """
     if labels.ndim != 1 or len(labels) == 0 or labels.dtype != torch.int64:
         raise ValueError(f"labels must be a non-empty (N,) int64 tensor, got {tuple(labels.shape)} {labels.dtype}.")
@@ -79,19 +103,15 @@ def generate(
     slots = range(len(labels)) if slots is None else slots
     if len(slots) != len(labels):
         raise ValueError(f"slots must name one index per label ({len(labels)}), got {len(slots)}.")
-    batches = []
-    with torch.no_grad():  # not inference_mode: weights that ZeRO gathers in here serve training again afterwards
-        for start in range(0, len(labels), batch_size):
-            part = labels[start : start + batch_size]  # (n,)
-            mine = list(slots[start : start + batch_size])
-            noise = rng.normal_per_slot(seed, "sample", 0, mine, shape).to(part.device)  # (n,C,H,W)
+    for start in range(0, len(labels), batch_size):
+        part = labels[start : start + batch_size]  # (n,)
+        mine = list(slots[start : start + batch_size])
+        noise = rng.normal_per_slot(seed, "sample", 0, mine, shape).to(part.device)  # (n,C,H,W)
+        with torch.no_grad():  # not inference_mode: weights that ZeRO gathers in here serve training again afterwards
             images = sample_fn(noise, part, _noise_at(seed, mine, shape, part.device))
-            if images.ndim != 4 or len(images) != len(part):
-                raise ValueError(f"sample_fn must return ({len(part)},C,H,W) images, got {tuple(images.shape)}.")
-            batches.append(to_uint8(images))  # [-1, 1] -> uint8 NHWC
-            if on_batch is not None:
-                on_batch(start + len(part))
-    return np.concatenate(batches)
+        if images.ndim != 4 or len(images) != len(part):
+            raise ValueError(f"sample_fn must return ({len(part)},C,H,W) images, got {tuple(images.shape)}.")
+        yield images
 
 
 def _noise_at(seed: int, slots: list[int], shape: tuple[int, int, int], device: torch.device) -> NoiseAt:

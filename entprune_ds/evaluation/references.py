@@ -1,8 +1,10 @@
 """Statistics of real images that samples are compared with: made from images, or read from an npz.
 
 Ours holds mu, sigma (mu_s, sigma_s of the spatial features), features of up to 10,000 images for KID, precision and
-recall, and `about`: JSON with count, resolution, extractor and its digest, resize mode, and a digest of the images.
-ADM's reference batches hold mu, sigma, mu_s, sigma_s, and often arr_0 (10,000 images), and say nothing else.
+recall, and `about`: JSON with count, resolution, extractor and its digest, resize mode, a digest of the images and,
+where they came from shards, the number of classes and a digest of their names.
+ADM's reference batches hold mu, sigma, mu_s, sigma_s, and often arr_0 (10,000 images), and say nothing else. Files of
+clean-fid, pytorch-fid and others hold mu and sigma alone: nothing in them says how the images were resized.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from entprune_ds.evaluation.statistics import Moments
 from entprune_ds.plain_json import parse_json
 
 KEPT = 10_000
-"""Images whose features are kept: as many as ADM's reference batches hold."""
-UNKNOWN = "not recorded (ADM's form)"
+"""Images whose features are used: as many as ADM's reference batches hold, whether they come from a file or not."""
+UNKNOWN = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,29 @@ class Reference:
     """Their count is 0 where a file does not say it."""
     spatial: Moments | None
     features: np.ndarray | None
-    """(M,D) for KID, precision and recall; on rank 0."""
+    """(M,D) for KID, precision and recall, M at most KEPT; on rank 0."""
     about: dict[str, Any]
     """Plain values for the protocol."""
 
 
-def of_images(measured: Measured, name: str, extractor: ImageExtractor) -> Reference:
-    """The reference that measured images are."""
-    about = {
+def of_images(measured: Measured, name: str, extractor: ImageExtractor, data: dict[str, Any]) -> Reference:
+    """The reference that measured images are.
+
+    Args:
+        name: where the images lie.
+        data: what is known of their data set, as plain values.
+    """
+    about = data | {
         "images": name, "count": measured.shape[0], "resolution": list(measured.shape[1:]), "digest": measured.digest,
-        **extractor.description,
+        "features": min(KEPT, measured.shape[0]), **extractor.description,
     }  # fmt: skip
-    return Reference(name, measured.moments, measured.spatial, measured.features, about)
+    return Reference(name, measured.moments, measured.spatial, kept(measured.features), about)
+
+
+def kept(features: np.ndarray) -> np.ndarray:
+    """At most KEPT rows of features (M,D), evenly spaced, so that figures do not depend on where they were stored."""
+    chosen = np.linspace(0, len(features) - 1, min(KEPT, len(features))).round().astype(np.int64)
+    return features[chosen]
 
 
 def save_reference(reference: Reference, path: Path) -> None:
@@ -55,10 +68,8 @@ def save_reference(reference: Reference, path: Path) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
-    features = reference.features
-    assert features is not None
-    chosen = np.linspace(0, len(features) - 1, min(KEPT, len(features))).round().astype(np.int64)
-    arrays = {"mu": reference.moments.mean, "sigma": reference.moments.covariance, "features": features[chosen]}
+    assert reference.features is not None
+    arrays = {"mu": reference.moments.mean, "sigma": reference.moments.covariance, "features": reference.features}
     if reference.spatial is not None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     arrays["about"] = np.array(json.dumps(reference.about))
@@ -81,7 +92,7 @@ def holds_statistics(path: Path) -> bool:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a file of statistics says of itself; of ADM's form only what its arrays show.
+    """What a file of statistics says of itself; of files of others only what their arrays show.
 
     Raises:
         ValueError: the file is missing, damaged, or not of this kind.
@@ -91,7 +102,9 @@ def read_about(path: Path) -> dict[str, Any]:
     if len(width) != 1 or member_shape(path, "sigma") != (width[0], width[0]):
         raise ValueError(f"{path}: mu and sigma must be (D,) and (D,D), got {width}, {member_shape(path, 'sigma')}.")
     if "about" not in names:
-        found = {"images": str(path), "count": UNKNOWN, "extractor": UNKNOWN}
+        by_adm = "mu_s" in names
+        found = {"images": str(path), "count": UNKNOWN, "extractor": UNKNOWN + (" (ADM's form)" if by_adm else "")}
+        found |= {"resize_mode": "legacy_tensorflow" if by_adm else UNKNOWN}
         return found | ({"resolution": list(member_shape(path)[1:])} if "arr_0" in names else {})
     try:
         about = parse_json(str(open_member(path, "about")))
@@ -117,7 +130,11 @@ def statistics_problems(path: Path, extractor: ImageExtractor, width: int, incep
         held = member_shape(path, "mu")[0]
         found.append(f"`evaluate.reference`: {path} holds {held} features, {extractor.name} makes {width}.")
     if "extractor_digest" not in about:
-        if inception and extractor.mode != "legacy_tensorflow":
+        if not inception:
+            message = f"`evaluate.reference`: {path} does not say which network made it, so its statistics cannot be "
+            message += f"compared with those of {extractor.name}. Give images, or a file of evaluate.save_reference."
+            found.append(message)
+        elif about["resize_mode"] not in (UNKNOWN, extractor.mode):
             message = f"`evaluate.mode` is {extractor.mode}, but {path} has ADM's form, statistics of "
             found.append(message + "legacy_tensorflow. Set evaluate.mode=legacy_tensorflow.")
         return found
@@ -146,5 +163,8 @@ def load_reference(path: Path, images: Measured | None) -> Reference:
         spatial = Moments(count, np.array(open_member(path, "mu_s")), np.array(open_member(path, "sigma_s")))
     features = np.array(open_member(path, "features")) if "features" in names else None
     features = images.features if images is not None else features
+    if features is not None:
+        features = kept(features)
+        about |= {"features": len(features)}
     moments = Moments(count, np.array(open_member(path, "mu")), np.array(open_member(path, "sigma")))
     return Reference(str(path), moments, spatial, features, about)

@@ -32,6 +32,8 @@ class Vae:
     """Latents are the VAE's samples times this (0.18215 for sd-vae-ft-ema)."""
     latent_channels: int
     """C."""
+    move: Callable[[torch.device | str], object]
+    """Puts the weights on another device, where it works from then on."""
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -133,4 +135,4 @@ def _callables(model: Any, name: str, revision: str, batch_size: int) -> Vae:
             raise ValueError(message + " Choose the VAE that the model was trained with.")
         return in_batches(lambda part: model.decode(part / scale).sample, latents)  # (N,3,H,W)
 
-    return Vae(encode, decode, name, revision, scale, int(config.latent_channels))
+    return Vae(encode, decode, name, revision, scale, int(config.latent_channels), model.to)

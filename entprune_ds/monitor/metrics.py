@@ -44,7 +44,8 @@ def open_monitor(config: Config, run_dir: Path, enabled: bool) -> Monitor:
 
     longest = min(FINISH_SECONDS, config.run.timeout_seconds / 2)  # the other ranks wait for this one
     return RunMonitor(
-        run_dir, QueuedMonitor(lambda: start_wandb(config, run_dir), get_logger(), longest, abandon=end_service)
+        run_dir,
+        QueuedMonitor(lambda: start_wandb(config, run_dir), get_logger(), longest, end_service, run_dir / "wandb"),
     )
 
 

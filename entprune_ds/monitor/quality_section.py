@@ -22,9 +22,21 @@ ROWS = {
     "fid_validation": "FID, validation split",
     "kid": "KID, whole set",
     "kid_validation": "KID, validation split",
+    "sfid": "sFID",
+    "inception_score": "Inception score",
+    "precision": "precision",
+    "recall": "recall",
     "class_accuracy": "class accuracy",
 }
 """Words for the fields of evaluation.json; unknown fields appear under their own name."""
+LATENCY = {
+    "depth": "blocks", "batch": "batch", "precision": "precision", "compile": "compiled", "parameters": "parameters",
+    "macs": "multiply-accumulates", "median_ms": "ms, median", "p10_ms": "10 %", "p90_ms": "90 %",
+    "images_per_second": "images a second", "speedup": "speed-up over the first row of the batch",
+}  # fmt: skip
+"""Columns of the latency table."""
+MOST_ROWS = 200
+"""Rows of the latency table that are shown."""
 
 
 def headline_tiles(run: RunFolder) -> Markup | None:
@@ -89,9 +101,26 @@ def quality_section(run: RunFolder) -> Markup | None:
         figure(bars, "Base against pruned: FID and latency"),
         table(("", *sides), rows) if rows else None,
         tag("p", f"Measured speed-up: {measured}.") if measured else None,
+        *_latency_table(run.evaluation.get("latency_table")),
         tag("h3", "Protocol"),
         facts(protocol) if isinstance(protocol, dict) and protocol else tag("p", "The protocol was not recorded."),
     )
+
+
+def _latency_table(rows: object) -> tuple[Markup, ...]:
+    """What `evaluate.latency_table` measured, under its heading; nothing where it did not."""
+    found = [row for row in rows if isinstance(row, dict)][:MOST_ROWS] if isinstance(rows, list) else []
+    if not found:
+        return ()
+    shown = [tuple(_latency_cell(name, row.get(name)) for name in LATENCY) for row in found]
+    return tag("h3", "Latency of a forward pass"), table(tuple(LATENCY.values()), shown)
+
+
+def _latency_cell(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    counted = number({"value": value}, "value")
+    return magnitude(counted) if name in ("parameters", "macs") and math.isfinite(counted) else _cell(name, value)
 
 
 def _speedup(run: RunFolder, batch: str) -> str:

@@ -111,6 +111,10 @@ def final_rows(runs: Mapping[str, RunFolder]) -> list[tuple[str, ...]]:
         ("FID, whole set", "fid"),
         ("FID, validation split", "fid_validation"),
         ("KID, whole set", "kid"),
+        ("sFID", "sfid"),
+        ("Inception score", "inception_score"),
+        ("precision", "precision"),
+        ("recall", "recall"),
     ):
         add(words, lambda v: sensible(v, 4), [number(run.evaluation, "pruned", name) for run in found])
     add("class accuracy", percent, [number(run.evaluation, "pruned", "class_accuracy") for run in found])

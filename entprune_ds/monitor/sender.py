@@ -36,12 +36,15 @@ class QueuedMonitor:
         logger: for what was dropped.
         finish_seconds: longest wait of `finish`.
         abandon: called when that has passed, to end what the client has started.
+        folder: where the client keeps what it has not sent.
     """
 
     def __init__(
-        self, start: Callable[[], Monitor], logger: logging.Logger, finish_seconds: float, abandon: Callable[[], None]
-    ):
+        self, start: Callable[[], Monitor], logger: logging.Logger, finish_seconds: float,
+        abandon: Callable[[], None], folder: Path,
+    ):  # fmt: skip
         self.start, self.logger, self.finish_seconds, self.abandon = start, logger, finish_seconds, abandon
+        self.folder = folder
         self.waiting: deque[Item] = deque()
         self.changed = threading.Condition()
         self.dropped: Counter[str] = Counter()
@@ -83,8 +86,8 @@ class QueuedMonitor:
                 lost.update(item.kind for item in self.waiting if item.kind != "end")
                 self.waiting.clear()  # should the thread wake up, it has nothing to say any more
             self.abandon()
-            text = "Weights & Biases did not finish within %.0f s and is left behind; its folder can be sent "
-            self.logger.warning(text + "with `wandb sync`.", seconds)
+            text = "Weights & Biases did not finish within %.0f s and is left behind; what it kept can be sent with "
+            self.logger.warning(text + "`wandb sync --include-online %s`.", seconds, self.folder / "latest-run")
         if lost:
             what = " and ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in sorted(lost.items()))
             self.logger.warning("Weights & Biases has missed %s; the run folder has them.", what)

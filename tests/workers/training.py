@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -99,3 +101,15 @@ def starts(cases: list[tuple[int, list[str]]]) -> list[str]:
             said.append(str(error))
         destroy_engine(engine)
     return said
+
+
+def train_and_hear(runs: list[list[str]]) -> list[list]:
+    """Exit status of every training, and what this rank said on the way."""
+    from entprune_ds.cli.train import main
+
+    found = []
+    for words in runs:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            status = main(words)
+        found.append([status, said.getvalue()])
+    return found
