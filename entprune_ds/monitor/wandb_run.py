@@ -71,7 +71,7 @@ def _init(config: Config, run_dir: Path, mode: Any, retry: bool) -> wandb.Run:
     import wandb
 
     if retry:
-        wandb.teardown()  # the failed attempt still holds the run id
+        _tear_down()  # the failed attempt still holds the run id
     settings = wandb.Settings(
         silent=True,
         console="off",
@@ -104,13 +104,18 @@ def _init(config: Config, run_dir: Path, mode: Any, retry: bool) -> wandb.Run:
 
 def end_service() -> None:
     """End the client's own process, when it hangs: its exit handler would wait for it for ever."""
-    import wandb
-
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if child.name() == "wandb-core":
                 child.kill()
-    with contextlib.suppress(Exception):  # what it says of the lost process
+    _tear_down()
+
+
+def _tear_down() -> None:
+    """Let the client forget its process; of a lost one it complains, or it leaves (SystemExit) with its status."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
 
