@@ -10,6 +10,7 @@ import torch
 
 from entprune_ds.config import Config, ModelConfig, MonitorConfig
 from entprune_ds.config_checks import problems_of
+from entprune_ds.diffusion.objective import build_objective
 from entprune_ds.engine import step_parts
 from entprune_ds.engine.block_norms import BlockNorms, block_norms
 from entprune_ds.engine.device_use import known_peak, memory, peak_tflops, step_flops
@@ -121,6 +122,37 @@ def test_norms_are_the_same_at_any_sharding():
         for block, values in found.items():
             assert values == pytest.approx(one[0][block], rel=2e-3), block
             assert min(values) > 0
+
+
+SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+
+
+def gradient_norms_by_hand() -> list[float]:
+    """Norms before clipping of two steps in plain torch."""
+    config = tiny_config()
+    model, train = initialize(DiT(config.model), config.run.seed), config.train
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+    )
+    norms, objective = [], build_objective(config.model, config.diffusion)
+    for step in range(2):
+        draws = tiny_draws(config, step, 0, 1)
+        optimizer.zero_grad()
+        objective.loss(model(draws.z_t, draws.t, draws.labels), draws.target, draws.t).mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip).item())
+        optimizer.step()
+    return norms
+
+
+@pytest.mark.parametrize("names", [["zero0_fp32"], pytest.param(SHIPPED, marks=FULL)], ids=["plain", "shipped"])
+def test_the_gradient_norm_is_known_at_every_layout(names):
+    cases = [(name, 1) for name in names] + [(name, 2) for name in names if name[4] in "01"]
+    expected = gradient_norms_by_hand()
+    assert min(expected) > 1.5 * tiny_config().train.grad_clip  # clipping is active: it is the norm before it
+    for found in run_ranks("tests.workers.step_metrics:gradient_norms", 2, cases=cases):
+        for (name, stages), norms in zip(cases, found, strict=True):
+            rel = 1e-5 if name.endswith("fp32") else 4e-3
+            assert norms == pytest.approx(expected, rel=rel), (name, stages)
 
 
 def test_waiting_for_a_late_rank_is_communication_of_the_other():
