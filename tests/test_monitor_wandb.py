@@ -125,13 +125,15 @@ def test_a_row_holds_what_it_held_when_it_was_logged():
     assert client.rows == [(0, {"a": 1.0})]
 
 
-def test_a_client_that_never_returns_is_left_behind_in_time(said):
+@pytest.mark.parametrize("hurry", [False, True])
+def test_a_client_that_never_returns_is_left_behind_in_time(said, monkeypatch, hurry):
+    monkeypatch.setattr(sender, "HURRY_SECONDS", 0.3)
     client = Slow()
-    monitor, ended = queued(client, seconds=0.3)
+    monitor, ended = queued(client, seconds=30.0 if hurry else 0.3)
     for step in range(3):
         monitor.log(step, {})
     start = time.monotonic()
-    monitor.finish()
+    monitor.finish(hurry=hurry)
     assert 0.25 < time.monotonic() - start < 5 and ended == [1]
     assert "is left behind" in said.text and "missed 2 rows" in said.text
     client.go.set()

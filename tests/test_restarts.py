@@ -66,18 +66,26 @@ def test_ranks_agree_to_stop_at_the_same_step_and_look_rarely():
 
 @pytest.mark.full
 def test_usr1_to_one_rank_saves_and_ends_all_with_status_85(digits, tmp_path):
-    """Outside Slurm too, under the deepspeed launcher; nothing is lost, and the same command goes on."""
+    """Outside Slurm too, under the deepspeed launcher; nothing is lost, and the same command goes on.
+
+    A W&B client that hangs is not waited for longer than the 30 s that Slurm gives.
+    """
     import psutil
 
     given = words(digits, tmp_path, "run", "train.num_steps=4000", "prune.end_step=8", "train.checkpoint_every=4000")
+    given.append("monitor.wandb=true")
     process = launch(given, tmp_path / "log")
     wait_for_step(tmp_path / "run", 20, process)
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+    below = psutil.Process(process.pid).children(recursive=True)
+    ranks = [p for p in below if "--local_rank=1" in p.cmdline()]
+    (service,) = [p for p in below if p.name() == "wandb-core"]
+    service.suspend()
     ranks[-1].send_signal(signal.SIGUSR1)
     finish(process, seconds=120)
     text = (tmp_path / "log").read_text()
     step = int(text.partition("stopped before step ")[2].partition(",")[0])
     assert "return code = 85" in text and "the same command resumes from it" in text
+    assert "Weights & Biases did not finish within 15 s" in text
     assert max(losses(tmp_path / "run")) == step
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step:08d}"
 

@@ -17,8 +17,8 @@ from .interface import Monitor
 
 MOST_WAITING = 1000
 """Longest line of what the client has not taken yet."""
-FAILED_SECONDS = 15.0
-"""Longest wait at the end of a failed run, whose time may be short: a cluster kills soon after its signal."""
+HURRY_SECONDS = 15.0
+"""Longest wait at the end of a failed or stopped run, which may be short of time: clusters kill soon after a signal."""
 
 
 class Item(NamedTuple):
@@ -70,11 +70,11 @@ class QueuedMonitor:
         """A folder."""
         self._put("artifact", lambda client: client.artifact(folder, name, kind, facts))
 
-    def finish(self, exit_code: int = 0) -> None:
+    def finish(self, exit_code: int = 0, hurry: bool = False) -> None:
         """Let the client take what waits, for a bounded time; what it has not taken then is given up and told."""
         if self.closing:
             return
-        seconds = min(self.finish_seconds, FAILED_SECONDS) if exit_code else self.finish_seconds
+        seconds = min(self.finish_seconds, HURRY_SECONDS) if hurry else self.finish_seconds
         self._put("end", lambda client: client.finish(exit_code))
         self.thread.join(seconds)
         lost = Counter(self.dropped)

@@ -208,8 +208,8 @@ class WandbMonitor:
                     artifact.add_file(str(path), name=path.relative_to(folder).as_posix(), policy="immutable")
                 self.run.log_artifact(artifact)
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run; waits at most UPLOAD_SECONDS for uploads."""
+    def finish(self, exit_code: int = 0, hurry: bool = False) -> None:
+        """Close the run; waits at most UPLOAD_SECONDS for uploads. For a hurry see sender.py."""
         with self._tolerant("finish"):
             run, self.run = self.run, None
             if run is not None:
