@@ -139,6 +139,43 @@ def test_a_client_that_never_returns_is_left_behind_in_time(said, monkeypatch, h
     client.go.set()
 
 
+@pytest.mark.parametrize(("fails", "missed"), [("start", 3), ("row", 2)])
+def test_a_client_that_ends_is_told_with_what_it_has_missed(said, fails, missed):
+    class Leaving(Slow):
+        def log(self, step, values):
+            if step == 1:
+                raise SystemExit(-9)
+            self.rows.append((step, values))
+
+    client = Leaving()
+
+    def start():
+        if fails == "start":
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text")
+        return client
+
+    monitor = sender.QueuedMonitor(start, get_logger(), 30.0, abandon=lambda: None)
+    for step in range(2):
+        monitor.log(step, {})
+    monitor.thread.join(5)
+    before = time.monotonic()
+    monitor.log(2, {})
+    monitor.finish()
+    assert time.monotonic() - before < 5 and not monitor.waiting
+    assert "has ended (" + ("Unicode" if fails == "start" else "SystemExit: -9") in said.text
+    assert f"missed {missed} rows" in said.text and len(client.rows) == 3 - missed
+
+
+@pytest.mark.parametrize("setting", ["WANDB_BASE_URL=http://[x", "netrc"])
+def test_credentials_that_cannot_be_read_are_none(wandb_home, monkeypatch, setting):  # noqa: F811
+    name, _, value = setting.partition("=")
+    (wandb_home / "netrc").write_bytes(b"machine api.wandb.ai login a password b\n" + (b"" if value else b"# \xff\n"))
+    assert wandb_run.has_credentials() is bool(value)
+    if value:
+        monkeypatch.setenv(name, value)
+        assert not wandb_run.has_credentials()
+
+
 def test_a_server_that_never_answers_costs_the_run_nothing(wandb_home, monkeypatch, said, silent_server):  # noqa: F811
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", silent_server[0])

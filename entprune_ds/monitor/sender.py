@@ -45,7 +45,7 @@ class QueuedMonitor:
         self.waiting: deque[Item] = deque()
         self.changed = threading.Condition()
         self.dropped: Counter[str] = Counter()
-        self.closing = False
+        self.closing = self.ended = False
         self.thread = threading.Thread(target=self._work, name="monitor", daemon=True)
         self.thread.start()
 
@@ -77,11 +77,10 @@ class QueuedMonitor:
         seconds = min(self.finish_seconds, HURRY_SECONDS) if hurry else self.finish_seconds
         self._put("end", lambda client: client.finish(exit_code))
         self.thread.join(seconds)
-        lost = Counter(self.dropped)
+        with self.changed:
+            lost = self.dropped + Counter(item.kind for item in self.waiting if item.kind != "end")
+            self.waiting.clear()  # should the thread wake up, it has nothing to say any more
         if self.thread.is_alive():
-            with self.changed:
-                lost.update(item.kind for item in self.waiting if item.kind != "end")
-                self.waiting.clear()  # should the thread wake up, it has nothing to say any more
             self.abandon()
             text = "Weights & Biases did not finish within %.0f s and is left behind; its folder can be sent "
             self.logger.warning(text + "with `wandb sync`.", seconds)
@@ -94,6 +93,9 @@ class QueuedMonitor:
             if self.closing:
                 return
             self.closing = kind == "end"
+            if self.ended:
+                self.dropped.update([] if self.closing else [kind])
+                return
             first_loss = not self.dropped
             while len(self.waiting) >= MOST_WAITING and not self.closing:
                 self._drop_one()
@@ -114,12 +116,18 @@ class QueuedMonitor:
         del self.waiting[place]
 
     def _work(self) -> None:
-        client = self.start()
-        while True:
+        kind = ""
+        try:
+            client = self.start()
+            while kind != "end":
+                with self.changed:
+                    while not self.waiting:
+                        self.changed.wait()
+                    kind, call = self.waiting.popleft()
+                call(client)
+        except BaseException as error:  # whatever it is, SystemExit included: the thread would end in silence
             with self.changed:
-                while not self.waiting:
-                    self.changed.wait()
-                item = self.waiting.popleft()
-            item.call(client)
-            if item.kind == "end":
-                return
+                self.ended = True
+                self.dropped.update([kind] if kind not in ("", "end") else [])
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            self.logger.warning("The client of Weights & Biases has ended (%s); training goes on without it.", text)

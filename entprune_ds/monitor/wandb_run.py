@@ -123,12 +123,12 @@ def has_credentials() -> bool:
     """Whether the client would find a login without asking: a key or token in the environment, or an entry in netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     try:
+        path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+        host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
         entry = netrc.netrc(path).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        return False  # absent or unreadable: the client could not use it either
+    except (OSError, ValueError, RuntimeError, netrc.NetrcParseError):
+        return False  # absent, unreadable or no text, no home: the client could not use it either
     return entry is not None and bool(entry[2])
 
 
