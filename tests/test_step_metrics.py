@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -203,16 +204,22 @@ def test_monitoring_changes_nothing_and_says_everything(digits, tmp_path):
 
 @FULL
 def test_a_pipeline_tells_its_bubble(digits, tmp_path):
-    common = ["train.num_steps=4", "prune.target_depth=null", "train.validate_every=0", "parallel.pipe_stages=2"]
-    runs = [words(digits, tmp_path, f"micro_{n}", *common, f"train.micro_batch_size={n}") for n in (1, 16)]
+    """Of two stages each stands still for half of the passes of one micro-batch, and for a seventeenth of sixteen."""
+    common = [
+        "train.num_steps=8", "prune.target_depth=null", "train.validate_every=0", "parallel.pipe_stages=2",
+        "model.hidden_size=256", "model.patch_size=1", "train.global_batch_size=64",  # computing outweighs sending
+    ]  # fmt: skip
+    runs = [words(digits, tmp_path, f"micro_{n}", *common, f"train.micro_batch_size={n}") for n in (4, 64)]
     run_ranks("tests.workers.step_metrics:train", 2, folder=str(tmp_path), runs=runs)
     shares = {}
-    for size in (1, 16):
+    for size in (4, 64):
         rows = [json.loads(line) for line in (tmp_path / f"micro_{size}" / "metrics.jsonl").read_text().splitlines()]
         found = [row["train/bubble_share"] for row in rows if "train/loss" in row]
-        assert len(found) == 4 and all(0 < share < 1 for share in found)
-        shares[size] = min(found)
-    assert shares[16] > 0.25  # a single micro-batch: each of two stages stands still for half of the passes
+        assert len(found) == 8 and all(0 < share < 1 for share in found)
+        shares[size] = found[1:]
+    one_micro_batch = statistics.median(shares[64])
+    assert one_micro_batch > 0.25
+    assert one_micro_batch > 1.4 * min(shares[4]), shares  # the step that others on the machine have disturbed least
 
 
 def test_the_benchmark_of_monitoring_measures_pairs(tmp_path):
