@@ -29,7 +29,8 @@ class DataConfig:
     without one sound example is always an error."""
     allow_pipe: bool = False
     """Whether shards may be `pipe:` and a shell command that prints them, such as `pipe:aws s3 cp s3://b/{0..9}.tar -`.
-    Counts on the command line only, not in a preset: it runs a shell."""
+    Counts on the command line only, not in a preset: it runs a shell. Keep tokens in the environment, such as
+    `-H "Authorization: Bearer $TOKEN"`: what is recognised as a secret is left out of the run folder."""
     flip: bool = False
     """Mirror each example with probability 1/2, anew in every epoch; for shards of pixels and of moments."""
     latent_scale: float = 0.18215

@@ -15,14 +15,18 @@ WORDS = ("deepspeed.launcher", "bin/deepspeed", "torchrun", "torch.distributed.r
 
 
 def launchers() -> list[psutil.Process]:
-    """The launcher processes above this one, nearest first; a shell above them may go (nohup) and is not among them."""
+    """The launcher processes above this one, nearest first.
+
+    A shell (or ssh) above them may go (nohup) and is not among them, also where its script names a launcher.
+    """
     found: list[psutil.Process] = []
     for process in psutil.Process().parents():
         try:
             words = process.cmdline()
         except psutil.Error:
             break
-        if not any(word in part for part in words[:5] for word in WORDS):
+        shell = Path(words[0]).name.endswith("sh") if words else True
+        if shell or not any(word in part for part in words[:5] for word in WORDS):
             break
         found.append(process)
     return found
@@ -40,6 +44,8 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
+ALLOW_SSH = "ENTPRUNE_ALLOW_SSH"
+"""Set to 1, deepspeed may start ranks with pdsh or ssh under Slurm; it exports what ~/.deepspeed_env says."""
 REMEDY = "Start it with: sbatch slurm/prune_xl.sh key=value ..."
 
 
@@ -83,17 +89,24 @@ def _number_problems() -> list[str]:
 
 
 def _past_slurm() -> list[str]:
-    """Whether deepspeed has started this rank through pdsh or ssh in a Slurm job: only its inner launcher is above."""
+    """Whether deepspeed has started this rank through pdsh or ssh under Slurm: only its inner launcher is above."""
     above = launchers()
     remote = bool(above) and "deepspeed.launcher.launch" in above[-1].cmdline()
-    if not remote or "SLURM_STEP_ID" in os.environ or not _in_slurm():
+    if not remote or "SLURM_STEP_ID" in os.environ or os.environ.get(ALLOW_SSH) == "1" or not _under_slurm():
         return []
-    text = "deepspeed has started this rank with pdsh or ssh, past Slurm, which would neither end it with the job nor "
-    text += "give it the job's GPUs and limits; and a remote shell expands words such as {0000..1023}. "
-    return [text + REMEDY + " Or run one launcher per node: srun --ntasks-per-node=1 deepspeed --no_ssh ..."]
+    text = (
+        "deepspeed has started this rank with pdsh or ssh, past Slurm, to which the node belongs. Slurm would neither "
+    )
+    text += (
+        "end it with a job nor give it a job's GPUs and limits; and a remote shell expands words such as {0000..1023}. "
+    )
+    text += REMEDY + " Or run one launcher per node: srun --ntasks-per-node=1 deepspeed --no_ssh ... "
+    return [text + f"Where it is meant, write {ALLOW_SSH}=1 into ~/.deepspeed_env."]
 
 
-def _in_slurm() -> bool:
-    """Whether this process belongs to a Slurm job: it says so, or Slurm has adopted what ssh started."""
+def _under_slurm() -> bool:
+    """Whether Slurm has to do with this process: with its job, which it may not know of, or with its node."""
     group = Path("/proc/self/cgroup")
-    return "SLURM_JOB_ID" in os.environ or (group.is_file() and "slurm" in group.read_text())
+    if "SLURM_JOB_ID" in os.environ or (group.is_file() and "slurm" in group.read_text()):
+        return True
+    return any(p.info["name"] == "slurmd" for p in psutil.process_iter(["name"]))  # ssh tells nothing of a job

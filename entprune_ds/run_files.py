@@ -31,13 +31,14 @@ def open_folder(
             error = check_space(folder, needed_bytes=2 * 16 * count_parameters(config.model))
             data = replace(config.data, allow_pipe=False)  # counts for one command line, not for who reads the folder
             prune = replace(config.prune, rollback=rollback_done(config))
-            write_text(folder / "config.yaml", to_yaml(replace(config, data=data, prune=prune)))
+            stored = replace(config, data=data, prune=prune)
+            write_text(folder / "config.yaml", to_yaml(stored))
             command = launch_command(arguments, comm.world_size())
             write_text(folder / "env.json", json.dumps(environment(config, comm.world_size(), command), indent=2))
             rewind_metrics(folder, step, metrics_bytes)
             rewind_samples(folder / "samples", step)
             write_decisions(folder / "decisions.jsonl", decisions)
-            monitor = open_monitor(config, folder, enabled=True)
+            monitor = open_monitor(stored, folder, enabled=True)
         except OSError as problem:
             error = f"run folder {folder} cannot be written: {problem}. Free space or choose another `run.root`."
     comm.raise_together(error)

@@ -40,7 +40,7 @@ def step_values(run: Run) -> dict[str, float]:
     values = {"train/step_seconds": seconds, "train/examples_per_second": config.train.global_batch_size / seconds}
     values |= {f"train/seconds_{n}": v for n, v in means.items() if n in (*ALWAYS_SHOWN, "other") or v > 0}
     values |= dict(zip(used, every[:, -len(used) :].amax(dim=0).tolist(), strict=True))
-    if engine.cut is not None:
+    if engine.cut is not None:  # the reduction of gradients among replicas is in it
         whole = sum(value for name, value in means.items() if name not in ("hidden", "other"))
         values["train/bubble_share"] = means["communication"] / whole if whole > 0 else 0.0
     if due(run.step, config.monitor.log_every, config.monitor.slow_every):

@@ -62,7 +62,7 @@ def train(config: Config, arguments: list[str]) -> None:
                 except BaseException as error:
                     tell(error, config.run_dir)  # before anything that may block or be interrupted
                     with contextlib.suppress(Exception):
-                        run.monitor.finish(exit_code=0 if isinstance(error, Stopped) else 1)
+                        run.monitor.finish(exit_code=0 if isinstance(error, Stopped) else 1, hurry=True)
                     raise
             hand_over(run)
             destroy_engine(run.engine)  # the process may go on with another run

@@ -11,19 +11,24 @@ import math
 import os
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from entprune_ds.cli import evaluate
 from entprune_ds.cli import report as report_cli
-from entprune_ds.config import Config, MonitorConfig
+from entprune_ds.cli.common import with_run
+from entprune_ds.config import Config, MonitorConfig, load_config
 from entprune_ds.monitor import metrics, numbers, plots, style, tables, wandb_run
 from entprune_ds.monitor.interface import NullMonitor
 from entprune_ds.monitor.records import decision_of, decisions_of, series
 from entprune_ds.monitor.report import build_report
 from entprune_ds.monitor.run_folder import read_run_folder
+from entprune_ds.run_files import open_folder
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $x^$ \ud800"
 PLAIN = Config(monitor=MonitorConfig(wandb=False))
@@ -302,6 +307,30 @@ def test_resumes_continue_one_offline_run_and_its_file_holds_the_history(wandb_h
     assert run.run_id in ids and run.project == "entprune_ds"
     written = [p.read_bytes() for p in wandb_home.rglob("*") if p.is_file() and ".git" not in p.parts]
     assert not [data for data in written if b"5e" * 20 in data or b"t0ken" in data]  # no secret in any file
+
+
+def test_figures_of_an_evaluation_leave_the_settings_of_the_training(wandb_home, monkeypatch):
+    """`evaluate run=FOLDER` itself works with other settings: other weights, a standard criterion."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    given = ["run.name=run", f"run.root={wandb_home}", "prune.criterion=/home/me/own.py", "model.weights=/data/base"]
+    trained = load_config([*given, "data.allow_pipe=true"], check=lambda config: [])
+    folder = write_run(trained.run_dir)
+    open_folder(trained, [], 0, [], 0).finish()
+    used = load_config(with_run([f"run={folder}"], "evaluate")[0], check=lambda config: [])
+    assert used.prune != trained.prune and used.model != trained.model
+    time.sleep(1.1)  # folders are named by the second
+    evaluate.log_figures(folder, {"pruned": {"fid": 7.875}})
+    wandb_run.end_service()
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    sent = []
+    for records in map(wandb_records, files):
+        updates = [r.run.config.update for r in records if r.WhichOneof("record_type") == "run"]
+        updates += [r.config.update for r in records if r.WhichOneof("record_type") == "config"]
+        sent.append({u.key: json.loads(u.value_json) for some in updates for u in some if u.key != "_wandb"})
+    assert len(sent) == 2 and sent[0] == sent[1] == yaml.safe_load((folder / "config.yaml").read_text())
+    assert sent[1]["model"]["weights"] == "/data/base" and sent[1]["prune"]["criterion"] == "/home/me/own.py"
+    names = [r.run for records in map(wandb_records, files) for r in records if r.WhichOneof("record_type") == "run"]
+    assert len({run.run_id for run in names}) == 1 and {run.display_name for run in names} == {"run"}
 
 
 def test_without_credentials_the_run_is_offline_and_with_an_unreachable_server_too(wandb_home, monkeypatch, caplog):

@@ -126,17 +126,56 @@ def test_a_row_holds_what_it_held_when_it_was_logged():
     assert client.rows == [(0, {"a": 1.0})]
 
 
-def test_a_client_that_never_returns_is_left_behind_in_time(said):
+@pytest.mark.parametrize("hurry", [False, True])
+def test_a_client_that_never_returns_is_left_behind_in_time(said, monkeypatch, hurry):
+    monkeypatch.setattr(sender, "HURRY_SECONDS", 0.3)
     client = Slow()
-    monitor, ended = queued(client, seconds=0.3)
+    monitor, ended = queued(client, seconds=30.0 if hurry else 0.3)
     for step in range(3):
         monitor.log(step, {})
     start = time.monotonic()
-    monitor.finish()
+    monitor.finish(hurry=hurry)
     assert 0.25 < time.monotonic() - start < 5 and ended == [1]
     assert "is left behind" in said.text and "missed 2 rows" in said.text
     assert "`wandb sync --include-online run/wandb/latest-run`" in said.text
     client.go.set()
+
+
+@pytest.mark.parametrize(("fails", "missed"), [("start", 3), ("row", 2)])
+def test_a_client_that_ends_is_told_with_what_it_has_missed(said, fails, missed):
+    class Leaving(Slow):
+        def log(self, step, values):
+            if step == 1:
+                raise SystemExit(-9)
+            self.rows.append((step, values))
+
+    client = Leaving()
+
+    def start():
+        if fails == "start":
+            raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text")
+        return client
+
+    monitor = sender.QueuedMonitor(start, get_logger(), 30.0, abandon=lambda: None)
+    for step in range(2):
+        monitor.log(step, {})
+    monitor.thread.join(5)
+    before = time.monotonic()
+    monitor.log(2, {})
+    monitor.finish()
+    assert time.monotonic() - before < 5 and not monitor.waiting
+    assert "has ended (" + ("Unicode" if fails == "start" else "SystemExit: -9") in said.text
+    assert f"missed {missed} rows" in said.text and len(client.rows) == 3 - missed
+
+
+@pytest.mark.parametrize("setting", ["WANDB_BASE_URL=http://[x", "netrc"])
+def test_credentials_that_cannot_be_read_are_none(wandb_home, monkeypatch, setting):  # noqa: F811
+    name, _, value = setting.partition("=")
+    (wandb_home / "netrc").write_bytes(b"machine api.wandb.ai login a password b\n" + (b"" if value else b"# \xff\n"))
+    assert wandb_run.has_credentials() is bool(value)
+    if value:
+        monkeypatch.setenv(name, value)
+        assert not wandb_run.has_credentials()
 
 
 def test_a_server_that_never_answers_costs_the_run_nothing(wandb_home, monkeypatch, said, silent_server):  # noqa: F811
@@ -167,7 +206,12 @@ def services() -> list[psutil.Process]:
     return [c for c in children if c.name() == "wandb-core" and c.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_service_that_hangs_neither_slows_the_run_nor_its_end(wandb_home, monkeypatch, said):  # noqa: F811
+@pytest.mark.parametrize("rows", [3000, 20])
+def test_a_service_that_hangs_neither_slows_the_run_nor_its_end(wandb_home, monkeypatch, said, rows):  # noqa: F811
+    """After 3,000 rows the socket is full; after 20 the client still takes leave, then asks how its process ended."""
+    if rows == 20:  # the kill comes after that leave, as it sometimes does
+        kill = psutil.Process.kill
+        monkeypatch.setattr(psutil.Process, "kill", lambda process: threading.Timer(0.5, kill, [process]).start())
     run_dir = write_run(wandb_home / "run")
     monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 2.0)
     monitor = metrics.open_monitor(Config(), run_dir, enabled=True)
@@ -179,7 +223,7 @@ def test_a_service_that_hangs_neither_slows_the_run_nor_its_end(wandb_home, monk
     (service,) = services()
     os.kill(service.pid, signal.SIGSTOP)
     start, slowest = time.monotonic(), 0.0
-    for step in range(2, 3002):
+    for step in range(2, 2 + rows):
         before = time.monotonic()
         monitor.log(step, {"train/loss": 1.0, "train/lr": 0.1})
         slowest = max(slowest, time.monotonic() - before)
@@ -190,7 +234,7 @@ def test_a_service_that_hangs_neither_slows_the_run_nor_its_end(wandb_home, monk
     assert "is left behind" in said.text and not services()
     (named,) = re.findall("`wandb sync --include-online (.*)`", said.text)
     assert list(Path(named).glob("*.wandb")) == list((run_dir / "wandb" / "latest-run").glob("*.wandb")) != []
-    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 50 + 3001
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 50 + 1 + rows
     import wandb
 
     wandb.teardown()  # as the exit of the process does: nothing is left to wait for

@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from entprune_ds.cli.common import refuse
 from entprune_ds.config import load_config, to_yaml
@@ -36,6 +38,28 @@ SECRET = "s3cr3t"
         (f"https://h/a?x=1#{SECRET}", "https://h/a?x=***"),
         (f"s3://key:{SECRET}@bucket/a", "s3://***@bucket/a"),
         (f"pipe:curl 'https://h/a.tar?t={SECRET}' | cat", "pipe:curl 'https://h/a.tar?t=***' | cat"),
+        (
+            f"pipe:curl -H 'Authorization: Bearer {SECRET}' https://h/a.tar",
+            "pipe:curl -H 'Authorization: ***' https://h/a.tar",
+        ),
+        (f'pipe:curl -sSLH "X-Mine: {SECRET} \\"{SECRET}\\"" https://h/a', 'pipe:curl -sSLH "X-Mine: ***" https://h/a'),
+        (f"pipe:wget --header=PRIVATE-TOKEN:{SECRET} https://h/a", "pipe:wget --header=PRIVATE-TOKEN:*** https://h/a"),
+        (f"pipe:curl -HAuthorization:'Bearer {SECRET}' -o - https://h", "pipe:curl -HAuthorization:*** -o - https://h"),
+        (f"got 'pipe:curl -H \\'Cookie: {SECRET} {SECRET}\\' /a'", "got 'pipe:curl -H \\'Cookie: ***\\' /a'"),
+        (f"pipe:curl -u me:{SECRET} --proxy-user 'a:{SECRET}' /a", "pipe:curl -u *** --proxy-user *** /a"),
+        (f"pipe:curl --header $'X-Auth: {SECRET}' /a", "pipe:curl --header $'X-Auth: ***' /a"),
+        (f"pipe:curl -sume:{SECRET} https://h/a", "pipe:curl -su*** https://h/a"),
+        (
+            f"pipe:K=1 AWS_SECRET_ACCESS_KEY={SECRET} aws s3 cp /a -",
+            "pipe:K=1 AWS_SECRET_ACCESS_KEY=*** aws s3 cp /a -",
+        ),
+        (f"pipe:wget --password={SECRET} --http-passwd '{SECRET}' /a", "pipe:wget --password=*** --http-passwd *** /a"),
+        (f"pipe:curl --oauth2-bearer {SECRET}|cat", "pipe:curl --oauth2-bearer ***|cat"),
+        ('pipe:curl -H "Authorization: Bearer $TOKEN" /a', 'pipe:curl -H "Authorization: Bearer $TOKEN" /a'),
+        ('pipe:curl -H "A: $(cat ~/key)" -u "$ME:${IT}" /a', 'pipe:curl -H "A: $(cat ~/key)" -u "$ME:${IT}" /a'),
+        ("pipe:curl -sSfH 'Accept: a/b' -u me -output x:y /a", "pipe:curl -sSfH 'Accept: a/b' -u me -output x:y /a"),
+        ("pipe:TOKEN=$(cat key) aws --token-file k s3 cp /a -", "pipe:TOKEN=$(cat key) aws --token-file k s3 cp /a -"),
+        ("run -u a:b -H 'X-A: b' password=1", "run -u a:b -H 'X-A: b' password=1"),
         (f'see https://a:{SECRET}@h/x, and "https://h?q={SECRET}".', 'see https://***@h/x, and "https://h?q=***".'),
         ("https://h/a@b/c.tar and /data/x?y=z", "https://h/a@b/c.tar and /data/x?y=z"),
     ],
@@ -43,6 +67,20 @@ SECRET = "s3cr3t"
 def test_addresses_lose_what_is_secret_and_nothing_else(text, shown):
     assert redacted(text) == shown == redacted(shown)
     assert is_redacted(shown) == (text != shown)
+
+
+def test_a_command_without_its_secret_is_not_run_and_one_with_a_variable_is(digits):
+    """What config.yaml holds resumes as it is, where the secret lies in the environment."""
+    names = sorted(path.name for path in Path(digits, "train").glob("*.tar"))
+    for given, reads in ((f"-u me:{SECRET}", False), ("$KEY", True)):
+        spec = f"pipe:cat {digits}/train/{names[0]} # {given}"
+        stored = yaml.safe_load(to_yaml(load_config([f"data.shards={spec}"])))["data"]["shards"]
+        assert (stored == spec) is reads
+        if reads:
+            assert load_index(stored, allow_pipe=True).shards[0].name == names[0]
+        else:
+            with pytest.raises(ShardError, match="has lost its secret"):
+                load_index(stored, allow_pipe=True)
 
 
 def test_no_message_shows_a_secret(tmp_path, capsys):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -117,18 +120,24 @@ def test_threads_of_a_rank_are_those_that_slurm_gave_it(monkeypatch):
 
 @pytest.mark.full
 def test_usr1_to_one_rank_saves_and_ends_all_with_status_85(digits, tmp_path):
-    """Outside Slurm too, under the deepspeed launcher; nothing is lost, and the same command goes on."""
-    import psutil
+    """Outside Slurm too, under the deepspeed launcher; nothing is lost, and the same command goes on.
 
+    A W&B client that hangs is not waited for longer than the 30 s that Slurm gives.
+    """
     given = words(digits, tmp_path, "run", "train.num_steps=4000", "prune.end_step=8", "train.checkpoint_every=4000")
+    given.append("monitor.wandb=true")
     process = launch(given, tmp_path / "log")
     wait_for_step(tmp_path / "run", 20, process)
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+    below = psutil.Process(process.pid).children(recursive=True)
+    ranks = [p for p in below if "--local_rank=1" in p.cmdline()]
+    (service,) = [p for p in below if p.name() == "wandb-core"]
+    service.suspend()
     ranks[-1].send_signal(signal.SIGUSR1)
     finish(process, seconds=120)
     text = (tmp_path / "log").read_text()
     step = int(text.partition("stopped before step ")[2].partition(",")[0])
     assert "return code = 85" in text and "the same command resumes from it" in text
+    assert "Weights & Biases did not finish within 15 s" in text
     assert max(losses(tmp_path / "run")) == step
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step:08d}"
 
@@ -170,6 +179,62 @@ def test_a_refusing_rank_leaves_the_first_one_of_its_node_time_to_speak():
     assert said == [True, False] and seconds[1] >= REFUSAL_SECONDS
 
 
+CHAIN = """
+import json
+from entprune_ds.launcher import launch_problems, launchers
+print(json.dumps([[p.cmdline()[-1] for p in launchers()], launch_problems()]))
+"""
+
+
+def below_a_launcher(tmp_path, name: str, **variables: str) -> tuple[list[str], list[str]]:
+    """What a rank sees under a process of that name that a shell has started, whose command text holds the name."""
+    (tmp_path / "rank.py").write_text(CHAIN)
+    start = f"import subprocess, sys; subprocess.run([sys.executable, {str(tmp_path / 'rank.py')!r}])"
+    (tmp_path / "launcher.py").write_text(start)
+    inner = f"{sys.executable} {tmp_path / 'launcher.py'} {name}"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | RANK | variables
+    command = ["bash", "-c", f"{inner}; true"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    above, problems = json.loads(done.stdout)
+    return above, problems
+
+
+@pytest.fixture
+def slurmd(tmp_path):
+    """Stands for the daemon that Slurm runs on its nodes."""
+    shutil.copy("/bin/sleep", tmp_path / "slurmd")
+    process = subprocess.Popen([tmp_path / "slurmd", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def slurm_runs() -> bool:
+    """Whether some test beside this one runs a Slurm."""
+    return any(p.info["name"] == "slurmd" for p in psutil.process_iter(["name"]))
+
+
+@pytest.mark.parametrize("name", ["deepspeed.launcher.launch", "/usr/bin/torchrun", "/usr/bin/deepspeed", "other.py"])
+def test_a_shell_whose_script_names_a_launcher_is_none(tmp_path, name):
+    above, problems = below_a_launcher(tmp_path, name)
+    assert above == ([] if name == "other.py" else [name])
+    assert problems == [] or (name == "deepspeed.launcher.launch" and slurm_runs())
+
+
+def test_a_rank_that_ssh_has_started_on_a_node_of_slurm_is_refused_unless_it_is_meant(tmp_path, slurmd):
+    """Neither its environment nor its group of processes says Slurm: the daemon of the node does."""
+    for name, variables, refused in (
+        ("deepspeed.launcher.launch", {}, True),
+        ("deepspeed.launcher.launch", {"ENTPRUNE_ALLOW_SSH": "1"}, False),
+        ("deepspeed.launcher.launch", {"SLURM_STEP_ID": "0"}, False),  # srun has started the launcher
+        ("/usr/bin/torchrun", {}, False),
+    ):
+        _, problems = below_a_launcher(tmp_path, name, **variables)
+        assert len(problems) == refused, (name, variables, problems)
+        if refused:
+            assert "past Slurm" in problems[0] and "ENTPRUNE_ALLOW_SSH=1 into ~/.deepspeed_env" in problems[0]
+
+
 PDSH = """#!/bin/bash
 # Stands for pdsh, without ssh: what it is told to run becomes a child of init, as behind a remote sshd.
 while [[ "$1" == -* ]]; do [[ "$1" == -S ]] && shift || shift 2; done
@@ -180,17 +245,24 @@ for i in {1..1200}; do [[ -e $PLACE/done ]] && exit; sleep 0.1; done
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("in_slurm", [True, False])
-def test_a_launch_by_pdsh_is_refused_in_a_slurm_job_only(tmp_path, monkeypatch, in_slurm):
+@pytest.mark.parametrize("how", ["job", "node", "allowed", "neither"])
+def test_a_launch_by_pdsh_is_refused_under_slurm_only(tmp_path, how, request):
     """The real `deepspeed --launcher pdsh`, with a stand-in for pdsh."""
+    if how in ("node", "allowed"):
+        request.getfixturevalue("slurmd")
+    elif how == "neither" and slurm_runs():
+        pytest.skip("a Slurm runs on this machine")
     (tmp_path / "pdsh").write_text(PDSH)
     (tmp_path / "pdsh").chmod(0o755)
     (tmp_path / "hosts").write_text("localhost slots=1\n")
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PLACE": str(tmp_path)}
-    environment |= {"SLURM_JOB_ID": "12"} if in_slurm else {}
+    (tmp_path / ".deepspeed_env").write_text("ENTPRUNE_ALLOW_SSH=1\n" if how == "allowed" else "")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PLACE": str(tmp_path), "HOME": str(tmp_path)}
+    environment |= {"SLURM_JOB_ID": "12"} if how == "job" else {}
     command = [LAUNCHER, "--hostfile", str(tmp_path / "hosts"), "--force_multi", "--no_ssh_check", "--launcher", "pdsh"]
     command += ["--master_addr", "127.0.0.1", "--module", "entprune_ds.cli.train", "preset=digits", "data.shards="]
     subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=200)
     text = (tmp_path / "log").read_text()
-    assert ("past Slurm" in text and "sbatch slurm/prune_xl.sh" in text) is in_slurm
-    assert ("`data.shards` is empty" in text) is not in_slurm
+    refused = how in ("job", "node")
+    assert ("past Slurm" in text and "sbatch slurm/prune_xl.sh" in text) is refused
+    assert ("`data.shards` is empty" in text) is not refused

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from entprune_ds.cli.common import help_text, launched_words, leave, refuse, split_shortcuts, wants_help, with_run
 from entprune_ds.cli.sample import protocol_path, sampling_problems
-from entprune_ds.config import Config, ConfigError, load_config, problems_of
+from entprune_ds.config import Config, ConfigError, config_from_dict, load_config, problems_of
 from entprune_ds.launcher import launch_problems
+from entprune_ds.plain_yaml import read_yaml
 
 HELP = """\
 Measure an exported model: FID, KID (clean-fid's function), sFID, Inception score, precision and recall of its samples
@@ -78,7 +80,7 @@ def run(config: Config, out: Path, folder: Path | None) -> None:
         write_text(table, markdown(result["latency_table"]))
         print(f"latency: {table}")
     if folder is not None and config.monitor.wandb:
-        log_figures(config, folder, result)
+        log_figures(folder, result)
 
 
 def _problems(config: Config) -> list[str]:
@@ -250,12 +252,13 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"not measured: {name}: {why}")
 
 
-def log_figures(config: Config, folder: Path, result: dict[str, Any]) -> None:
+def log_figures(folder: Path, result: dict[str, Any]) -> None:
     """Add the figures to the W&B run of the training, if it had one."""
     from entprune_ds.monitor.metrics import open_monitor
 
     if (folder / "wandb_id.txt").is_file():
-        monitor = open_monitor(config, folder, enabled=True)
+        trained = config_from_dict(read_yaml((folder / "config.yaml").read_text()))  # what W&B goes on showing
+        monitor = open_monitor(replace(trained, monitor=replace(trained.monitor, wandb=True)), folder, enabled=True)
         monitor.summary({f"eval/{k}": v for k, v in result.items()})
         monitor.finish()
 

@@ -145,12 +145,24 @@ def build_engine(
                     block.compile()
         optimizer = build_optimizer(model, config.train, offloads(ds_config))
         ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    if ds.optimizer is optimizer:
+        _keep_gradient_norm(ds)
     pieces, shapes = pieces_of(ds), parameter_shapes(model_config)
     layout = comm.all_gather_json([(p.name, p.start, p.stop) for p in pieces])
     return Engine(
         ds, model_config, optimizer, pieces, new_ema(pieces), layout, shapes=shapes, cut=cut, costs=costs,
         all_read=config.distill.kind == "features",
     )  # fmt: skip
+
+
+def _keep_gradient_norm(ds: Any) -> None:
+    """Let a plain optimizer (ZeRO-0 in fp32) clip as always, and keep the norm; DeepSpeed's wrappers of one do."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip() -> None:
+        ds._global_grad_norm = clip_grad_norm_(ds.module.parameters(), max_norm=ds.gradient_clipping(), mpu=ds.mpu)
+
+    ds.clip_fp32_gradients = clip
 
 
 def _whole(model_config: ModelConfig, ds_config: dict[str, Any]) -> DiT:

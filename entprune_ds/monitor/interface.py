@@ -30,8 +30,11 @@ class Monitor(Protocol):
         """Hand over a folder, such as the exported model, with what it was made from (see lineage.py)."""
         ...
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Close everything; `exit_code` above 0 marks the run as failed. A second call does nothing."""
+    def finish(self, exit_code: int = 0, hurry: bool = False) -> None:
+        """Close everything, with a short wait in a `hurry`; `exit_code` above 0 marks the run as failed.
+
+        A second call does nothing.
+        """
         ...
 
 
@@ -53,5 +56,5 @@ class NullMonitor:
     def artifact(self, folder: Path, name: str, kind: str, facts: Mapping[str, Any] | None = None) -> None:
         """Nothing."""
 
-    def finish(self, exit_code: int = 0) -> None:
+    def finish(self, exit_code: int = 0, hurry: bool = False) -> None:
         """Nothing."""

@@ -100,10 +100,10 @@ class RunMonitor:
         """Pass a folder on."""
         self.client.artifact(folder, name, kind, facts)
 
-    def finish(self, exit_code: int = 0) -> None:
+    def finish(self, exit_code: int = 0, hurry: bool = False) -> None:
         """Close the file and the client."""
         self.file.close()
-        self.client.finish(exit_code)
+        self.client.finish(exit_code, hurry)
 
 
 def metrics_size(run_dir: Path) -> int:

@@ -17,8 +17,8 @@ from .interface import Monitor
 
 MOST_WAITING = 1000
 """Longest line of what the client has not taken yet."""
-FAILED_SECONDS = 15.0
-"""Longest wait at the end of a failed run, whose time may be short: a cluster kills soon after its signal."""
+HURRY_SECONDS = 15.0
+"""Longest wait at the end of a failed or stopped run, which may be short of time: clusters kill soon after a signal."""
 
 
 class Item(NamedTuple):
@@ -48,7 +48,7 @@ class QueuedMonitor:
         self.waiting: deque[Item] = deque()
         self.changed = threading.Condition()
         self.dropped: Counter[str] = Counter()
-        self.closing = False
+        self.closing = self.ended = False
         self.thread = threading.Thread(target=self._work, name="monitor", daemon=True)
         self.thread.start()
 
@@ -73,18 +73,17 @@ class QueuedMonitor:
         """A folder."""
         self._put("artifact", lambda client: client.artifact(folder, name, kind, facts))
 
-    def finish(self, exit_code: int = 0) -> None:
+    def finish(self, exit_code: int = 0, hurry: bool = False) -> None:
         """Let the client take what waits, for a bounded time; what it has not taken then is given up and told."""
         if self.closing:
             return
-        seconds = min(self.finish_seconds, FAILED_SECONDS) if exit_code else self.finish_seconds
+        seconds = min(self.finish_seconds, HURRY_SECONDS) if hurry else self.finish_seconds
         self._put("end", lambda client: client.finish(exit_code))
         self.thread.join(seconds)
-        lost = Counter(self.dropped)
+        with self.changed:
+            lost = self.dropped + Counter(item.kind for item in self.waiting if item.kind != "end")
+            self.waiting.clear()  # should the thread wake up, it has nothing to say any more
         if self.thread.is_alive():
-            with self.changed:
-                lost.update(item.kind for item in self.waiting if item.kind != "end")
-                self.waiting.clear()  # should the thread wake up, it has nothing to say any more
             self.abandon()
             text = "Weights & Biases did not finish within %.0f s and is left behind; what it kept can be sent with "
             self.logger.warning(text + "`wandb sync --include-online %s`.", seconds, self.folder / "latest-run")
@@ -97,6 +96,9 @@ class QueuedMonitor:
             if self.closing:
                 return
             self.closing = kind == "end"
+            if self.ended:
+                self.dropped.update([] if self.closing else [kind])
+                return
             first_loss = not self.dropped
             while len(self.waiting) >= MOST_WAITING and not self.closing:
                 self._drop_one()
@@ -117,12 +119,18 @@ class QueuedMonitor:
         del self.waiting[place]
 
     def _work(self) -> None:
-        client = self.start()
-        while True:
+        kind = ""
+        try:
+            client = self.start()
+            while kind != "end":
+                with self.changed:
+                    while not self.waiting:
+                        self.changed.wait()
+                    kind, call = self.waiting.popleft()
+                call(client)
+        except BaseException as error:  # whatever it is, SystemExit included: the thread would end in silence
             with self.changed:
-                while not self.waiting:
-                    self.changed.wait()
-                item = self.waiting.popleft()
-            item.call(client)
-            if item.kind == "end":
-                return
+                self.ended = True
+                self.dropped.update([kind] if kind not in ("", "end") else [])
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            self.logger.warning("The client of Weights & Biases has ended (%s); training goes on without it.", text)

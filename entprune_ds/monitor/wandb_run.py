@@ -71,7 +71,7 @@ def _init(config: Config, run_dir: Path, mode: Any, retry: bool) -> wandb.Run:
     import wandb
 
     if retry:
-        wandb.teardown()  # the failed attempt still holds the run id
+        _tear_down()  # the failed attempt still holds the run id
     settings = wandb.Settings(
         silent=True,
         console="off",
@@ -104,13 +104,18 @@ def _init(config: Config, run_dir: Path, mode: Any, retry: bool) -> wandb.Run:
 
 def end_service() -> None:
     """End the client's own process, when it hangs: its exit handler would wait for it for ever."""
-    import wandb
-
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if child.name() == "wandb-core":
                 child.kill()
-    with contextlib.suppress(Exception):  # what it says of the lost process
+    _tear_down()
+
+
+def _tear_down() -> None:
+    """Let the client forget its process; of a lost one it complains, or it leaves (SystemExit) with its status."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
 
@@ -118,12 +123,12 @@ def has_credentials() -> bool:
     """Whether the client would find a login without asking: a key or token in the environment, or an entry in netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     try:
+        path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+        host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
         entry = netrc.netrc(path).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        return False  # absent or unreadable: the client could not use it either
+    except (OSError, ValueError, RuntimeError, netrc.NetrcParseError):
+        return False  # absent, unreadable or no text, no home: the client could not use it either
     return entry is not None and bool(entry[2])
 
 
@@ -203,8 +208,8 @@ class WandbMonitor:
                     artifact.add_file(str(path), name=path.relative_to(folder).as_posix(), policy="immutable")
                 self.run.log_artifact(artifact)
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run; waits at most UPLOAD_SECONDS for uploads."""
+    def finish(self, exit_code: int = 0, hurry: bool = False) -> None:
+        """Close the run; waits at most UPLOAD_SECONDS for uploads. For a hurry see sender.py."""
         with self._tolerant("finish"):
             run, self.run = self.run, None
             if run is not None:

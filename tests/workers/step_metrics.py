@@ -35,6 +35,28 @@ def norms(cases: list[tuple[str, int]]) -> list[dict]:
     return found
 
 
+def gradient_norms(cases: list[tuple[str, int]]) -> list[list[float | None]]:
+    """Gradient norm of two steps on each topology (ds_config, stages), as it is logged, at two micro-batches a step."""
+    found = []
+    for name, stages in cases:
+        config = tiny_config()
+        config = replace(config, parallel=replace(config.parallel, ds_config=name, pipe_stages=stages))
+        size = config.train.global_batch_size * stages // comm.world_size() // 2
+        config = replace(config, train=replace(config.train, micro_batch_size=size))
+        engine = build_engine(config, config.model)
+        initialize_fresh(engine, config.run.seed)
+        objective = build_objective(config.model, config.diffusion)
+        norms = []
+        for step in range(2):
+            draws = tiny_draws(config, step, engine.dp_rank, engine.dp_size).split(size)
+            train_step(engine, draws, objective.loss)
+            norm = engine.ds.get_global_grad_norm()
+            norms.append(None if norm is None else float(norm))
+        found.append(norms)
+        destroy_engine(engine)
+    return found
+
+
 def split(cases: list[tuple[str, int, int]], late: float) -> list[dict]:
     """Parts of three steps after a warm-up on each topology (ds_config, stages, micro-batches); rank 1 comes late."""
     found = []
