@@ -156,7 +156,7 @@ def test_a_client_that_ends_is_told_with_what_it_has_missed(said, fails, missed)
             raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text")
         return client
 
-    monitor = sender.QueuedMonitor(start, get_logger(), 30.0, abandon=lambda: None)
+    monitor = sender.QueuedMonitor(start, get_logger(), 30.0, lambda: None, Path("run/wandb"))
     for step in range(2):
         monitor.log(step, {})
     monitor.thread.join(5)
