@@ -85,23 +85,26 @@ def loop(run: Run) -> None:
                 raise Stopped(f"stopped before step {run.step}, as asked by a signal.")
             if run.step in run.checks and all(d.step != run.step for d in run.decisions):
                 prune_check(run)
-                stop = StopWatch(run.step)  # it may have taken minutes: the next step is looked at
+                stop = StopWatch(run.step)  # it may have taken minutes, here as below: the next step is looked at
             if soft_due(config, run.soft, run.step):
                 soft_prune(run)
             loss = one_step(run)
             if config.train.bad_steps and run.guard.in_a_row >= config.train.bad_steps:
                 go_back(run)
-                stop = StopWatch(run.step)  # it counts steps
+                stop = StopWatch(run.step)
                 continue
             if run.step % config.monitor.log_every == 0:
                 log_step(run, loss, line)
             log_blocks(run)
             if config.train.validate_every and run.step % config.train.validate_every == 0:
                 validate(run)
+                stop = StopWatch(run.step)
             if config.monitor.sample_every and run.step % config.monitor.sample_every == 0:
                 sample_grid(run, "training")
+                stop = StopWatch(run.step)
             if run.step % config.train.checkpoint_every == 0:
                 checkpoint(run)
+                stop = StopWatch(run.step)
 
 
 def one_step(run: Run) -> Tensor:
