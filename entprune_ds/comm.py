@@ -66,11 +66,15 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+BEHIND_SECONDS = 30
+"""The limit of a collective lies so far behind the watchdog's (faults.watched), which leaves the stacks of a rank."""
+
+
 def init(timeout_seconds: int) -> bool:
     """Join the process group of the launcher (deepspeed, torchrun), or make one of a single rank.
 
     Args:
-        timeout_seconds: longest wait in a collective; afterwards the job ends with an error.
+        timeout_seconds: longest wait in a collective, and BEHIND_SECONDS; afterwards the job ends with an error.
 
     Returns:
         Whether this call joined it; False when the process was in it already.
@@ -90,7 +94,7 @@ def init(timeout_seconds: int) -> bool:
     import deepspeed
 
     try:
-        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds + BEHIND_SECONDS), verbose=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise

@@ -225,16 +225,15 @@ def test_a_pipeline_tells_its_bubble(digits, tmp_path):
 def test_the_benchmark_of_monitoring_measures_pairs(tmp_path):
     from tools.bench_monitor import TINY, bootstrap
 
-    found, other = run_ranks("tools.bench_monitor:measure", 2, folder=str(tmp_path), pairs=3, settings=TINY)
-    assert found["pairs"] == 3 and found["world_size"] == 2 and found["wandb"] == "offline" and not found["dropped"]
-    low, high = found["interval"]
-    assert 1 < low <= found["ratio"] <= high
+    found, other = run_ranks("tools.bench_monitor:measure", 2, folder=str(tmp_path), pairs=1, settings=TINY)
+    assert found["pairs"] == 1 and found["world_size"] == 2 and found["wandb"] == "offline" and not found["dropped"]
     per_block = found["log_ms"] + found["blocks_ms"] * found["log_every"] / found["blocks_every"]
     per_block += found["clock_ms_per_step"] * found["log_every"]
-    estimate = 1 + per_block / (found["step_ms"] * found["log_every"])
-    assert found["ratio"] - 1 == pytest.approx(estimate - 1, rel=1.0)  # medians of quotients against that of medians
+    ratio = 1 + per_block / (found["step_ms"] * found["log_every"])
+    assert found["ratio"] - 1 == pytest.approx(ratio - 1) and found["interval"] == [found["ratio"]] * 2
     assert min(found["log_ms"], found["blocks_ms"], found["clock_ms_per_step"], other["step_ms"]) > 0
-    assert bootstrap([1.0, 1.0, 1.0]) == [1.0, 1.0]
+    low, high = bootstrap([1.0, 1.1, 1.2, 1.3, 1.4])
+    assert 1.0 <= low < 1.2 < high <= 1.4 and bootstrap([1.0, 1.0, 1.0]) == [1.0, 1.0]
     assert list((tmp_path / "bench" / "wandb").glob("offline-run-*/*.wandb"))
 
 
