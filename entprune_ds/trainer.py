@@ -10,10 +10,10 @@ from torch import Tensor
 
 from entprune_ds import comm
 from entprune_ds.bad_steps import go_back, left_out
+from entprune_ds.calibration import examples_of
 from entprune_ds.config import Config
-from entprune_ds.coordinator import Examples, History, run_check
+from entprune_ds.coordinator import History, run_check
 from entprune_ds.data.latents import Batch
-from entprune_ds.data.stream import Stream
 from entprune_ds.diffusion.objective import Draws
 from entprune_ds.engine.build import destroy_engine
 from entprune_ds.engine.checkpoint import read_checkpoint
@@ -247,27 +247,6 @@ def held_race(run: Run, m: Measuring, scores: Scores) -> tuple[Scores, dict[str,
     """A recovery race from the state of the run, which goes on with the engine that it leaves. Collective."""
     found, run.engine = hold_race(run.engine, m, scores, run.step)
     return found.scores, found.record, ShardedView(run.engine, "weight", m.parts.dtype)
-
-
-def examples_of(config: Config, check: int) -> Examples:
-    """Calibration examples by purpose, equal on all ranks and apart from the training cursor."""
-    streams: dict[str, Stream] = {}
-
-    def examples(purpose: str, count: int) -> tuple[Tensor, Tensor]:
-        if purpose not in streams:
-            streams[purpose] = Stream(
-                config.data.shards, seed=config.run.seed, num_readers=1, shuffle_buffer=config.data.shuffle_buffer,
-                global_batch_size=count, purpose=f"{purpose}/{check}", flip=config.data.flip,
-                latent_scale=config.data.latent_scale, max_skipped=config.data.max_skipped,
-                allow_pipe=config.data.allow_pipe,
-            )  # fmt: skip
-        try:
-            batch = streams[purpose].next_batch()
-        except (ValueError, OSError) as problem:
-            raise comm.RankError(f"calibration: {problem}") from problem
-        return batch.latents, batch.labels
-
-    return examples
 
 
 def conclude(run: Run) -> None:

@@ -76,7 +76,7 @@ FLOORS = (
         "stop_request",
         "slow_ranks",
     ),
-    ("run_files", "run_state", "run_view", "step_metrics", "trainer", "bad_steps"),
+    ("calibration", "run_files", "run_state", "run_view", "step_metrics", "trainer", "bad_steps"),
     ("cli",),
 )
 ROOMS = {

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entprune_ds.calibration import examples_of
 from entprune_ds.config import Config, PruneConfig, RaceConfig, TrainConfig, problems_of
 from entprune_ds.coordinator import run_check
 from entprune_ds.diffusion.objective import build_objective
@@ -30,7 +31,6 @@ from entprune_ds.race_plan import check_budget, cost_of, plan, rounds_of, trial_
 from entprune_ds.race_replicas import KEYS, Replicas, State, built, state_of
 from entprune_ds.race_trial import Recovery, micro_batch, trial_config
 from entprune_ds.ranking import needed_criteria
-from entprune_ds.trainer import examples_of
 from tests.test_monitor import decision_row, write_run
 from tests.tiny import tiny_config
 

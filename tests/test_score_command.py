@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from entprune_ds.calibration import examples_of
 from entprune_ds.cli.compare_scores import score_sets
 from entprune_ds.cli.sample import sampling_problems
 from entprune_ds.cli.score import main
@@ -32,7 +33,6 @@ from entprune_ds.monitor.score_page import block_rows, render
 from entprune_ds.ranking import measuring
 from entprune_ds.rng import generator_for
 from entprune_ds.scoring import score_model
-from entprune_ds.trainer import examples_of
 from tests.ranks import ROOT, run_ranks
 from tests.test_monitor import decision_row, picture
 from tests.test_training import words

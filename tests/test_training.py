@@ -215,9 +215,9 @@ def brute_force(export: str, digits: str) -> dict[str, dict[str, float]]:
     """Leave-one-out by L + 1 whole forward passes in float64, in this one process."""
     from dataclasses import replace
 
+    from entprune_ds.calibration import examples_of
     from entprune_ds.diffusion.objective import FlowObjective
     from entprune_ds.models.dit import DiT
-    from entprune_ds.trainer import examples_of
     from tests.tiny import tiny_config
 
     model, facts = load_model(Path(export))

@@ -24,6 +24,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from entprune_ds.calibration import examples_of
 from entprune_ds.cli.compare_scores import score_sets
 from entprune_ds.config import Config, DataConfig, PruneConfig, RaceConfig, RunConfig, ScoreConfig, TrainConfig
 from entprune_ds.coordinator import measuring
@@ -42,7 +43,6 @@ from entprune_ds.race_plan import FORWARD_SHARE, cost_of, rounds_of
 from entprune_ds.race_replicas import Replicas, State, built, mean_loss
 from entprune_ds.race_trial import Recovery
 from entprune_ds.rng import permutation
-from entprune_ds.trainer import examples_of
 
 SHORT = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80)
 """Recovery steps after which a candidate is judged."""

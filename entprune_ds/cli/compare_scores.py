@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from entprune_ds.calibration import examples_of
 from entprune_ds.config import Config
 from entprune_ds.coordinator import measuring
 from entprune_ds.importance.evenness import keep_set_value
@@ -19,7 +20,6 @@ from entprune_ds.importance.scores import Scores, score_blocks
 from entprune_ds.importance.sweep_statistics import SweepStatistics
 from entprune_ds.importance.taylor import measure_diff_pruning, measure_taylor
 from entprune_ds.models.dit import DiT
-from entprune_ds.trainer import examples_of
 
 SINGLE_ONLY: tuple[Callable[[Measuring], Scores], ...] = (
     measure_magnitude, measure_taylor, measure_diff_pruning, measure_gradient_flow

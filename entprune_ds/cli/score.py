@@ -154,13 +154,13 @@ def _score(config: Config, source: Source, out: Path) -> int:
     import torch
 
     from entprune_ds import comm
+    from entprune_ds.calibration import examples_of
     from entprune_ds.importance.criteria import CRITERIA
     from entprune_ds.importance.parts import ModuleParts
     from entprune_ds.interop.finite import check_finite
     from entprune_ds.interop.source import loaded_model
     from entprune_ds.ranking import measuring
     from entprune_ds.scoring import score_model
-    from entprune_ds.trainer import examples_of
 
     check_finite(source, f"`model.weights` ({config.model.weights})")
     model = loaded_model(source).to(comm.device())

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from entprune_ds import comm, race_replicas
+from entprune_ds.calibration import examples_of
 from entprune_ds.config import Config, PruneConfig, RaceConfig
 from entprune_ds.coordinator import measuring
 from entprune_ds.diffusion.objective import Draws, build_objective
@@ -20,7 +21,6 @@ from entprune_ds.importance.scores import Score, Scores
 from entprune_ds.race import hold_race, on_replicas
 from entprune_ds.race_sharded import Sharded
 from entprune_ds.race_trial import Recovery
-from entprune_ds.trainer import examples_of
 from tests.tiny import tiny_config
 from tests.workers.pipeline import train_steps
 from tests.workers.resize import change_settings, public_state, settings

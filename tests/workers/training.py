@@ -26,6 +26,7 @@ def scores(export: str, shards: str, zero_stage: int, out: str, stages: int = 1)
 
     import torch
 
+    from entprune_ds.calibration import examples_of
     from entprune_ds.config import LearnedConfig, PruneConfig, ScoreConfig
     from entprune_ds.coordinator import measure_candidate, measuring, proxy_draws, run_check
     from entprune_ds.diffusion.objective import build_objective
@@ -38,7 +39,6 @@ def scores(export: str, shards: str, zero_stage: int, out: str, stages: int = 1)
     from entprune_ds.importance.taylor import measure_diff_pruning, measure_taylor
     from entprune_ds.interop.safetensors import read_export
     from entprune_ds.run_state import load_weights
-    from entprune_ds.trainer import examples_of
     from tests.tiny import tiny_config
 
     model, _ = read_export(Path(export))
