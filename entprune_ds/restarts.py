@@ -59,6 +59,12 @@ def next_count(folder: Path) -> int:
     return 0 if before is None or newest_step(folder) > before.step else before.count + 1
 
 
+def is_of(folder: Path, job: str) -> bool:
+    """Whether the last start that was counted in a run folder is one of this job: what came since is its own."""
+    before = read(folder)
+    return before is not None and before.job == job
+
+
 def read(folder: Path) -> Restarts | None:
     """What the last start has written; None without a sound file."""
     try:

@@ -232,7 +232,10 @@ ask() {  # SECONDS: what does not leave in that time is ended, so that the scrip
 seconds_to_save() {  # three quarters of what the job has left; 0 when it has no limit
     local end
     end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p') || true
-    [[ -n "$end" ]] && end=$(date -d "$end" +%s 2>/dev/null) || { echo 0; return; }  # nobody says: no limit
+    if [[ -z "$end" ]] || ! end=$(date -d "$end" +%s 2>/dev/null); then
+        echo 0  # nobody says: no limit
+        return
+    fi
     local left=$(((end - $(date +%s)) * 3 / 4))
     echo $((left > 0 ? left : 1))
 }
@@ -254,5 +257,13 @@ run_ranks() {  # MODULE WORDS...: every word arrives as it is
     wait_for "$ranks" || status=$?
     ranks=''
     kill "$asking" 2>/dev/null || true
-    [[ ! -s "$logs/ended" ]] || read -r status _ <"$logs/ended"
+    local rank node
+    [[ -s "$logs/ended" ]] || return 0
+    read -r status rank node <"$logs/ended"
+    ((rank == 0 || status == STOPPED)) || tell_end "$rank" "$node"
+}
+
+tell_end() {  # RANK NODE: why the first rank has ended, which srun does not show; rank 0 may have been ended before it spoke
+    echo "rank $1 on $2 ended first, with status $status; its log ($logs/rank_$1.log) ends with:" >&2
+    tac "$logs/rank_$1.log" | sed '/^== rank /q' | tac | grep . | tail -n 4 | sed 's/^/    /' >&2 || true
 }

@@ -25,6 +25,7 @@ from entprune_ds.cli.train import limit_threads
 from entprune_ds.cli.train import main as train
 from tests.ranks import ROOT, run_ranks
 from tests.test_faults import LAUNCHER, finish, launch, wait_for_step
+from tests.test_locks import hold
 from tests.test_training import losses, words
 
 
@@ -92,7 +93,14 @@ def test_what_is_refused_after_progress_may_be_tried_again(tmp_path, capsys):
     assert slurm_command(["again", *given, "status=75", *words]) == 0
     reach(run, 10)
     assert slurm_command(["again", *given, "status=2", *words]) == 0
+    another = ["most=3", "start=0", "job=8", f"logs={tmp_path}"]
+    assert slurm_command(["again", *another, "status=2", *words]) == 2  # it was refused: that progress is not its own
     assert capsys.readouterr() == ("", "")
+    before = (run / restarts.FILE).read_text()
+    with hold(run) as owner:
+        assert slurm_command(["begin", *another, *words]) == 2
+        owner.kill()
+    assert f"{run} is in use by host" in capsys.readouterr().err and (run / restarts.FILE).read_text() == before
 
 
 @pytest.mark.parametrize("word", ["--dry-run", "--help"])

@@ -108,6 +108,7 @@ def test_a_crash_loop_ends_with_the_log_and_the_last_error(slurm, tmp_path):
     assert f"1 restart(s) in a row have brought {tmp_path}/run no checkpoint at all: the job stops here" in text
     assert "Rank 1 on n2 ended first, with status 7; its log ends with: RuntimeError: GPU 3 fell off the bus" in text
     assert f"logs/prune_xl-{job.id}" in text
+    assert text.count("    RuntimeError: GPU 3 fell off the bus\n") == 2  # rank 0 has no word of it
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pathlib import Path
 from entprune_ds import restarts
 from entprune_ds.cli.common import launched_words, leave, refuse, wants_help
 from entprune_ds.config import ConfigError, load_config
+from entprune_ds.locks import FolderBusy, locked
 
 PORTS = range(20000, 32000)
 """Below those that Linux hands out itself, above those of services."""
@@ -35,13 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folder = load_config(rest).run_dir
         if words[0] == "begin":
-            count = restarts.begin(folder, asked["job"], int(asked["start"])).count
+            with locked(folder, "`run.name` or `run.root`"):  # or the count of the job that works there would be lost
+                count = restarts.begin(folder, asked["job"], int(asked["start"])).count
         else:
             count = restarts.next_count(folder)
-            if int(asked["status"]) == 2 and count > 0:
+            if int(asked["status"]) == 2 and (count > 0 or not restarts.is_of(folder, asked["job"])):
                 return 2  # the ranks have said why; what comes after progress may pass, such as a file server's
     except ConfigError as error:
         return refuse(error.problems)
+    except FolderBusy as error:
+        return refuse([str(error)])
     except OSError as error:
         return refuse([f"the run folder cannot be written: {error}. Free space or choose another `run.root`."])
     problem = restarts.loop_problem(folder, int(asked["most"]), count, Path(asked["logs"]))
