@@ -550,6 +550,19 @@ def test_an_empty_folder_gives_a_report_that_says_what_is_missing(tmp_path):
     assert "img" not in page.tags
 
 
+@pytest.mark.parametrize(("kept", "told"), [([0, 1], False), ([0, 3], True)])
+def test_figures_of_a_model_that_is_no_longer_there_are_named(tmp_path, kept, told):
+    """The run went back, and ended with other blocks."""
+    folder = write_run(tmp_path / "run")
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation["pruned"] |= {"kept_blocks": [0, 1]}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps({"kept_blocks": kept, "step": 9}))
+    problems = read_run_folder(folder).problems
+    assert any("evaluation.json is of another model" in problem for problem in problems) is told
+
+
 def test_damaged_files_are_counted_and_named(tmp_path):
     folder = write_run(tmp_path / "demo")
     with open(folder / "metrics.jsonl", "ab") as file:

@@ -53,17 +53,29 @@ def read_run_folder(path: Path) -> RunFolder:
     samples = sorted((path / "samples").glob("*.png"), key=_natural)
     if not samples:
         problems.append("samples/*.png are missing: no pictures (`entprune-ds sample`).")
+    evaluation = _object(path / "evaluation.json", problems)
+    if evaluation and _of_another_model(evaluation, _object(path / "model" / "config.json", [])):
+        problems.append("evaluation.json is of another model than the one in model/: run `entprune-ds evaluate` again.")
     return RunFolder(
         path=path,
         metrics=metrics.rows,
         decisions=decisions,
-        evaluation=_object(path / "evaluation.json", problems),
+        evaluation=evaluation,
         env=_object(path / "env.json", problems),
         summary=_object(path / "summary.json", problems),
         config=_text(path / "config.yaml", problems),
         samples=samples,
         problems=problems,
     )
+
+
+def _of_another_model(evaluation: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Whether blocks or step of what was measured are not those of the export, which a later training has replaced."""
+    measured = evaluation.get("pruned")
+    both = (
+        [(measured.get(key), model.get(key)) for key in ("kept_blocks", "step")] if isinstance(measured, dict) else []
+    )
+    return any(None not in pair and pair[0] != pair[1] for pair in both)
 
 
 def _lines(path: Path, problems: list[str]) -> Lines:
