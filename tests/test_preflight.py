@@ -179,11 +179,17 @@ def test_validation_shards_are_those_beside_the_training_shards(job, digits, sha
 # ---------------------------------------------------------------- ranks and batch
 
 
-@pytest.mark.parametrize(("world_size", "accepted"), [(1, True), (2, True), (4, True), (3, False), (8, False)])
-def test_the_number_of_ranks_must_divide_the_readers(job, monkeypatch, world_size, accepted):
+READERS = "the data-parallel size (8) must divide `data.num_readers` (4). Set data.num_readers to a multiple of 8 that "
+BATCH = "`train.global_batch_size` (128) must be a multiple of the data-parallel size (3). Change it, or the number of "
+
+
+@pytest.mark.parametrize(
+    ("world_size", "told"), [(1, []), (2, []), (4, []), (3, [f"{BATCH}ranks."]), (8, [f"{READERS}divides 128."])]
+)
+def test_the_number_of_ranks_must_divide_batch_and_readers(job, monkeypatch, world_size, told):
+    """The batch first: no number of readers helps where it does not fit."""
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    expected = f"the data-parallel size ({world_size}) must divide `data.num_readers` (4). "
-    assert job.problems() == ([] if accepted else [expected + f"Set data.num_readers to a multiple of {world_size}."])
+    assert job.problems() == told
 
 
 def test_the_micro_batch_must_divide_the_share_of_a_rank(job, monkeypatch):

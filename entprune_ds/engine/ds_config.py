@@ -127,13 +127,12 @@ def batch_plan(config: Config, dp_size: int, depth: int | None = None) -> tuple[
         ValueError: when the global batch does not divide, or the readers do not.
     """
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if total % dp_size:
+        message = f"`train.global_batch_size` ({total}) must be a multiple of the data-parallel size ({dp_size}). "
+        raise ValueError(message + "Change it, or the number of ranks.")
     if config.data.num_readers % dp_size:
         message = f"the data-parallel size ({dp_size}) must divide `data.num_readers` ({config.data.num_readers}). "
-        raise ValueError(message + f"Set data.num_readers to a multiple of {dp_size}.")
-    if total % dp_size:
-        raise ValueError(
-            f"`train.global_batch_size` ({total}) must be a multiple of the data-parallel size ({dp_size})."
-        )
+        raise ValueError(message + f"Set data.num_readers to a multiple of {dp_size} that divides {total}.")
     per_rank = total // dp_size
     micro = per_rank if micro is None else micro
     if per_rank % micro:
