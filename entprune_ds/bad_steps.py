@@ -86,7 +86,8 @@ def go_back(run: Run) -> None:
     """Put the run back to its newest checkpoint from before the bad steps; the data go on. Collective.
 
     Raises:
-        DistributedError: on all ranks, when it has gone back train.max_rollbacks times already.
+        DistributedError: on all ranks, when it has gone back train.max_rollbacks times already, or all checkpoints are
+            from within the bad steps.
     """
     guard, train, root = run.guard, run.config.train, run.folder / "checkpoints"
     first = run.step - guard.in_a_row
@@ -95,6 +96,11 @@ def go_back(run: Run) -> None:
     folders = [Path(name) for name in comm.broadcast_json([str(p) for p in step_folders(root)])]
     later = [folder for folder in folders if step_of(folder.name) > first]
     earlier = [folder for folder in folders if folder not in later]
+    if later and not earlier:
+        message = (
+            f"steps {first + 1} to {run.step} are bad, and no checkpoint in {root} is from before them. Restore one, "
+        )
+        raise comm.DistributedError(message + f"look at {run.folder / FILE}, or start under another run.name.")
     cursor = stream_state(run)
     set_aside(root, earlier[-1] if earlier else None, later)
     log.warning("%d bad steps in a row, from step %d on: going back", guard.in_a_row, first + 1)

@@ -21,6 +21,7 @@ from entprune_ds.engine.checkpoint import (
     load_checkpoint,
     prune_old,
     save_checkpoint,
+    step_folders,
 )
 from entprune_ds.engine.ds_config import stages_at
 from entprune_ds.engine.layer_costs import LayerCosts, costs_as_json, costs_from_json
@@ -38,7 +39,7 @@ from entprune_ds.pruning.schedule import planned_checks
 from entprune_ds.pruning.soft_mask import SoftState
 from entprune_ds.pruning.trend import Validation, validations_from
 from entprune_ds.recovery import PlainRecovery, Recovery, open_recovery
-from entprune_ds.rollback import roll_back
+from entprune_ds.rollback import roll_back, step_of
 from entprune_ds.run_files import open_folder, write_decisions
 from entprune_ds.soft_pruning import open_soft
 
@@ -142,6 +143,8 @@ def run_from(config: Config, arguments: list[str], found: Checkpoint | None) -> 
     run.soft = open_soft(config, engine, None if found is None else found.manifest["record"].get("soft"))
     guarded = None if found is None else found.manifest["record"].get("guard")
     run.guard, run.arguments = LossGuard.from_json(config.train.spike_deviations, guarded), arguments
+    if not config.train.bad_steps:
+        run.guard.in_a_row = 0  # nobody counts: what follows ends the row
     return run
 
 
@@ -228,7 +231,7 @@ def validation_draws(config: Config) -> Draws | None:
 
 
 def checkpoint(run: Run) -> None:
-    """Save the run; keep the newest ones and those before a removal. Collective."""
+    """Save the run; keep the newest ones, those before a removal, and the one before bad steps. Collective."""
     if run.saved == run.step:
         return
     record = {
@@ -247,8 +250,9 @@ def checkpoint(run: Run) -> None:
     save_checkpoint(run.engine, root, run.step, record)
     run.saved = run.step
     if comm.is_main():
-        before_removal = {d.step for d in run.decisions if d.removes and not d.score_only} | {run.step}
-        prune_old(root, run.config.train.keep_checkpoints, before_removal)
+        kept = {d.step for d in run.decisions if d.removes and not d.score_only}
+        good = [s for s in (step_of(f.name) for f in step_folders(root)) if s <= run.step - run.guard.in_a_row]
+        prune_old(root, run.config.train.keep_checkpoints, {*kept, *good[-1:]})  # a roll-back goes to that one
 
 
 def record_decision(run: Run, decision: PruneDecision) -> None:

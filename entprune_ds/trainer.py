@@ -255,7 +255,8 @@ def conclude(run: Run) -> None:
     Raises:
         DistributedError: no step of the whole run counted (loss_guard.py), so that there is nothing to hand over.
     """
-    if run.guard.skipped >= run.step >= run.config.train.num_steps:  # a stopped one may still meet good batches
+    done = run.step >= run.config.train.num_steps  # a stopped one may still meet good batches
+    if done and run.guard.skipped and not run.engine.ema_count:
         message = f"none of the {run.step} steps counted: {run.guard.reason}. Nothing is handed over. "
         raise comm.DistributedError(message + "Look at the data and the weights, or lower train.learning_rate.")
     checkpoint(run)  # first: whatever happens to the rest, the training is done

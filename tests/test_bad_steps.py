@@ -219,6 +219,34 @@ def test_impossible_settings_are_refused(tmp_path):
         read_ds_config(load_config(["preset=digits", f"parallel.ds_config={path}"]))
 
 
+def test_checkpoints_within_bad_steps_do_not_push_out_the_one_before(digits, tmp_path):
+    """With one checkpoint to keep, those of steps 6 and 7 are newer than the one to go back to."""
+    data, _ = poisoned(digits, tmp_path, [6, 7, 8])
+    more = [*PLAIN, "train.num_steps=12", "train.checkpoint_every=1", "train.bad_steps=3", "train.keep_checkpoints=1"]
+    run_ranks(TRAIN, 1, runs=[words(data, tmp_path, "run", *more)])
+    last = manifest(tmp_path / "run", 12)
+    assert last["record"]["guard"]["rollbacks"] == 1 and last["record"]["stream"]["batches"] == 8 + (12 - 5)
+
+
+@FULL
+def test_a_run_whose_last_steps_counted_is_handed_over_whatever_was_left_out_before(digits, tmp_path):
+    data, _ = poisoned(digits, tmp_path, [2, 3, 4, 5, 6, 7])
+    more = ["train.num_steps=4", "train.checkpoint_every=1", "train.bad_steps=3", "train.max_rollbacks=5"]
+    run_ranks(TRAIN, 1, runs=[words(data, tmp_path, "run", *PLAIN, *more)])
+    assert manifest(tmp_path / "run", 4)["record"]["guard"]["skipped"] == 6 and (tmp_path / "run" / "model").exists()
+
+
+@FULL
+def test_bad_steps_do_not_wait_for_others_while_nobody_counts(digits, tmp_path):
+    """Two bad steps, then the guard is off for two good ones: the next bad step is the first in a row."""
+    data, _ = poisoned(digits, tmp_path, [3, 4, 7])
+    given = words(data, tmp_path, "run", *PLAIN, "train.num_steps=8", "train.checkpoint_every=1")
+    stretches = [["train.bad_steps=3", "train.stop_step=4"], ["train.bad_steps=0", "train.stop_step=6"]]
+    run_ranks(TRAIN, 1, runs=[[*given, *stretch] for stretch in [*stretches, ["train.bad_steps=3"]]])
+    guard = manifest(tmp_path / "run", 8)["record"]["guard"]
+    assert (guard["rollbacks"], guard["skipped"]) == (0, 3)
+
+
 def test_a_run_of_which_no_step_counts_hands_nothing_over(digits, tmp_path):
     data, _ = poisoned(digits, tmp_path, [1, 2])
     with pytest.raises(RankFailure, match=r"none of the 2 steps counted: the loss is nan\. Nothing is handed over"):

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from entprune_ds.cli.sample import main as sample
+from entprune_ds.cli.sample import protocol_path
 from entprune_ds.evaluation.npz import member_shape, open_member, save_npz, write_npz
 from entprune_ds.evaluation.parts import Parts, begin
 from entprune_ds.evaluation.sources import from_folder, from_npz, own_range
@@ -198,8 +199,25 @@ def test_damaged_parts_are_drawn_again_and_what_is_left_of_a_kill_is_cleared(tmp
     assert begin(parts, {"seed": 0}) == [] and parts.missing() == [1, 2]
     assert "`seed` is 1, but" in begin(parts, {"seed": 1})[0]
     assert begin(parts, {"seed": 0, "extra": 1})[0] == f"`extra` is 1, but {tmp_path} was begun with absent."
-    (tmp_path / "settings.json").write_text("{")
-    assert "is damaged" in begin(parts, {"seed": 0})[0]
+    for damaged in ("{", "[]"):
+        (tmp_path / "settings.json").write_text(damaged)
+        assert "is damaged" in begin(parts, {"seed": 0})[0]
+
+
+def test_a_kill_between_the_samples_and_their_protocol_names_them_as_no_others(model, tmp_path):
+    """Samples of seed 2 lie beside the protocol of seed 1 for a moment, unless that goes first."""
+    out = tmp_path / "out.npz"
+    given = [f"weights={model}", f"out={out}", *TINY]
+    assert sample([*given, "sample.seed=1"]) == 0
+    first = out.read_bytes()
+    with pytest.raises(RankFailure, match="exit 9"):
+        run_ranks("tests.workers.sampling:ended_before_the_protocol", 1, words=[*given, "sample.seed=2"])
+    assert out.read_bytes() != first and sample([*given, "sample.seed=1"]) == 0 and out.read_bytes() == first
+
+
+def test_outputs_with_points_in_their_names_have_protocols_of_their_own():
+    assert protocol_path(Path("o/cfg1.5")) != protocol_path(Path("o/cfg1.25"))
+    assert protocol_path(Path("o/x.npz")) == Path("o/x_protocol.json")
 
 
 def test_wrong_samples_are_named_with_their_fault(tmp_path):

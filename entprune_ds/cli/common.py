@@ -156,6 +156,6 @@ def with_run(words: list[str], command: str) -> tuple[list[str], Path | None]:
     if problems:
         raise ConfigError(problems)
     own = [f"preset={folder / 'config.yaml'}", f"model.weights={folder / 'model'}"]
-    if re.search(r"^  criterion: .*\.py['\"]?$", (folder / "config.yaml").read_text(), re.M):
+    if re.search(r"^  criterion: .*\.py['\"]?$", (folder / "config.yaml").read_text(errors="replace"), re.M):
         own.append(f"prune.criterion={Config().prune.criterion}")  # the run's own file is no concern of this command
     return [*own, *rest], folder

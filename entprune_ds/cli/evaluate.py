@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             return refuse([f"`out`: {out if blocked is None else blocked} is in the way. Give a path of a JSON file."])
     except ConfigError as error:
         return refuse(error.problems)
-    except OSError as error:  # a name too long, or a folder that is closed
+    except (ValueError, OSError) as error:  # a name too long, or a folder that is closed
         return refuse([str(error)])
     from entprune_ds.cli.launched import run_launched
 

@@ -90,6 +90,7 @@ def sample(config: Config, out: Path) -> None:
         if parts.image_shape[2] in (1, 3):
             save_grid(parts.take(by_class(labels)[: config.sample.grid].tolist()), grid_path(out))
         if out.suffix == ".npz":
+            protocol_path(out).unlink(missing_ok=True)  # of other samples, which it would name these
             store.finish_npz(parts, labels, out)
             store.finish_text(protocol_path(out), protocol)  # last: an npz of other samples may lie there until now
         else:
@@ -144,7 +145,7 @@ def finished(out: Path, protocol: dict[str, Any]) -> bool:
         before = parse_json(protocol_path(out).read_text())
     except (OSError, ValueError):
         before = {}
-    other = differing(protocol, before, out)
+    other = differing(protocol, before if isinstance(before, dict) else {}, out)
     if other and out.is_dir():
         raise ValueError("\n".join([*other, f"`out`: {out} holds other samples. Choose another folder, or remove it."]))
     return not other
@@ -196,12 +197,17 @@ def check_output(out: Path) -> None:
 
 def grid_path(out: Path) -> Path:
     """Where the PNG grid of an output lies."""
-    return out.with_name(f"{out.stem}_grid.png")
+    return out.with_name(f"{_base(out)}_grid.png")
 
 
 def protocol_path(out: Path) -> Path:
     """Where the protocol of an output lies."""
-    return out.with_name(f"{out.stem}_protocol.json")
+    return out.with_name(f"{_base(out)}_protocol.json")
+
+
+def _base(out: Path) -> str:
+    """The name of an output, of an npz without its ending; that of a folder may have a point in it (cfg1.5)."""
+    return out.stem if out.suffix == ".npz" else out.name
 
 
 def by_class(labels: np.ndarray) -> np.ndarray:

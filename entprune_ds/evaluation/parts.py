@@ -98,6 +98,8 @@ def begin(parts: Parts, settings: dict[str, Any]) -> list[str]:
         try:
             before = parse_json(path.read_text())
         except ValueError:
+            before = None
+        if not isinstance(before, dict):
             return [f"{path} is damaged. Remove {parts.folder} and start again."]
         if found := differing(settings, before, parts.folder):
             remedy = f"Use the former settings, remove {parts.folder}, or choose another `out`."

@@ -199,6 +199,8 @@ def state_from(decision: PruneDecision) -> CheckState | None:
     """
     if not decision.state:
         return None
+    if not isinstance(decision.state, dict):
+        raise ValueError(f"the state of check {decision.check} is no object.")
     stored: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in decision.state.items()}
     known = {f.name: f.default is MISSING for f in fields(CheckState) if f.name not in OF_DECISION}
     wrong = ", ".join(sorted(set(stored) - set(known) | {n for n, needed in known.items() if needed} - set(stored)))
