@@ -98,9 +98,7 @@ def go_back(run: Run) -> None:
     earlier = [folder for folder in folders if folder not in later]
     if later and not earlier:
         message = f"steps {first + 1} to {run.step} are bad, and no checkpoint in {root} is from before them. "
-        raise comm.DistributedError(
-            message + f"Look at {run.folder / FILE}, and restore one, or choose another run.name."
-        )
+        raise comm.DistributedError(message + f"Look at {run.folder / FILE}; restore one, or take another run.name.")
     cursor = stream_state(run)
     set_aside(root, earlier[-1] if earlier else None, later)
     log.warning("%d bad steps in a row, from step %d on: going back", guard.in_a_row, first + 1)
