@@ -47,7 +47,7 @@ def _once_more(decision: PruneDecision, earlier: Sequence[PruneDecision]) -> Rep
     try:
         order = order_of(state, scores_from(decision)) if decision.order else []
         again = propose(state, order, candidates_from(decision), decision.scores)
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         return Replayed(decision, (*found, f"it cannot be made again: {problem}"))
     again = replace(again, **{name: getattr(decision, name) for name in BESIDE})
     recorded, made = decision.to_json(), again.to_json()
