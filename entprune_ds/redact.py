@@ -16,8 +16,13 @@ _HEADER = re.compile(  # the name, behind a quote that may be escaped, as in a r
     r"""(?P<option>(?<!\S)(?:-[A-Za-z]*H|--(?:proxy-)?header)[\s=]*\$?)(?P<quote>\\?['"])?(?P<name>[\w-]+:\s*)"""
     rf"""(?P<value>(?(quote)(?:(?!(?P=quote))(?:\\.|[^\\]))+|{_WORD}))"""
 )
-_LOGIN = re.compile(rf"(?P<option>(?<!\S)(?:-[A-GI-Za-z]*u|--(?:proxy-)?user)[\s=]*)(?P<value>{_WORD})")
-_TELLING = r"(?:token|secret|passw(?:or)?d|bearer|cookie|(?:api|access|secret)[_-]?key)"
+_LOGIN = re.compile(rf"(?P<option>(?<!\S)(?:-[A-GI-Za-z]*[uU]|--(?:proxy-)?user)[\s=]*)(?P<value>{_WORD})")
+_COOKIE = re.compile(rf"(?P<option>(?<!\S)-[A-GI-Za-z]*b\s*)(?P<value>(?=\S*=){_WORD})")
+_PASSWORD = re.compile(rf"(?P<option>\bsshpass\s+-p\s*|(?<!\S)-pass\s+pass:)(?P<value>{_WORD})")
+_AT_HOST = re.compile(r"(?P<option>(?<![^\s'\"=]))(?P<value>[^\s'\"@/:=]+:[^\s'\"@]+)(?=@)")
+_TELLING = (
+    r"(?:token|secret|passw(?:or)?d|passphrase|(?<![A-Za-z])pass|bearer|cookie|(?:account|api|access|secret)[_-]?key)"
+)
 _NAMED = re.compile(
     rf"(?P<option>(?<![\w&?/.-])(?:[\w-]*{_TELLING}=|--[\w-]*{_TELLING}\s+))(?P<value>{_WORD})", re.IGNORECASE
 )
@@ -36,7 +41,7 @@ def redacted(text: str) -> str:
     if _WHOLE.fullmatch(text) and not re.search(r"\s", text):
         return _WHOLE.sub(_hide, text)
     before, pipe, command = _WITHIN.sub(_hide, text).partition("pipe:")
-    for pattern in (_HEADER, _LOGIN, _NAMED):
+    for pattern in (_HEADER, _LOGIN, _COOKIE, _PASSWORD, _AT_HOST, _NAMED):
         command = pattern.sub(_hide_value, command)
     return before + pipe + command
 

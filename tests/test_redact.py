@@ -47,6 +47,17 @@ SECRET = "s3cr3t"
         (f"pipe:curl -HAuthorization:'Bearer {SECRET}' -o - https://h", "pipe:curl -HAuthorization:*** -o - https://h"),
         (f"got 'pipe:curl -H \\'Cookie: {SECRET} {SECRET}\\' /a'", "got 'pipe:curl -H \\'Cookie: ***\\' /a'"),
         (f"pipe:curl -u me:{SECRET} --proxy-user 'a:{SECRET}' /a", "pipe:curl -u *** --proxy-user *** /a"),
+        (f"pipe:curl -U me:{SECRET} -b s={SECRET} -x me:{SECRET}@p:1 /a", "pipe:curl -U *** -b *** -x ***@p:1 /a"),
+        (f"pipe:sshpass -p {SECRET} ssh me@h cat /a", "pipe:sshpass -p *** ssh me@h cat /a"),
+        (f"pipe:gpg --passphrase {SECRET} -d /a", "pipe:gpg --passphrase *** -d /a"),
+        (
+            f"pipe:az --account-key {SECRET} | mc --pass {SECRET} cat a/b",
+            "pipe:az --account-key *** | mc --pass *** cat a/b",
+        ),
+        (f"pipe:rclone --webdav-pass '{SECRET}' cat r:a", "pipe:rclone --webdav-pass *** cat r:a"),
+        (f"pipe:openssl enc -d -pass pass:{SECRET} -in /a", "pipe:openssl enc -d -pass pass:*** -in /a"),
+        ("pipe:cat -b a.tar | tar -b 20 --bypass x me@h:a", "pipe:cat -b a.tar | tar -b 20 --bypass x me@h:a"),
+        (f"pipe:A_SECRET_KEY={SECRET} DB_PASS={SECRET} cat", "pipe:A_SECRET_KEY=*** DB_PASS=*** cat"),
         (f"pipe:curl --header $'X-Auth: {SECRET}' /a", "pipe:curl --header $'X-Auth: ***' /a"),
         (f"pipe:curl -sume:{SECRET} https://h/a", "pipe:curl -su*** https://h/a"),
         (
