@@ -90,13 +90,13 @@ def draw(config: Config, weights: Path) -> tuple[np.ndarray, np.ndarray, dict[st
     Returns:
         images uint8 (N,H,W,C), labels i64 (N,), and the protocol as plain values.
     """
-    drawer, count, size = open_drawer(config, weights), config.sample.num_samples, config.sample.batch_size
-    images = []
-    with progress("sample", total=count) as line:
-        for start in range(0, count, size):
-            images.append(drawer.draw(range(start, min(start + size, count))))
-            line.update(min(start + size, count))
-    return np.concatenate(images), drawer.labels.numpy(), drawer.protocol
+    drawer, sample = open_drawer(config, weights), config.sample
+    with progress("sample", total=sample.num_samples) as line:
+        images = generate(
+            drawer.sample_fn, drawer.labels.to(comm.device()), shape=drawer.shape, seed=drawer.seed,
+            batch_size=sample.batch_size, on_batch=line.update,
+        )  # fmt: skip
+    return images, drawer.labels.numpy(), drawer.protocol
 
 
 def set_precision(tf32: bool) -> None:
